@@ -1,0 +1,81 @@
+"""Cuts a token embedding table into shards of whole clips, and reads one.
+
+A clip's modalities may lie in different fragments (each can be redone alone), so a shard is a list of row ids in clip
+order, not a range of fragments. The driver holds keys and lengths; workers read the embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cluster.store import Store
+from operators.schema import MODALITIES
+
+KEY_COLUMNS = ["video_id", "clip", "modality", "num_tokens", "start_seconds", "stop_seconds"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of a token embedding table, one a modality run, sorted by clip and then modality."""
+
+    rows: pa.Table
+
+    @cached_property
+    def run_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each run, (R,)."""
+        return self.rows["num_tokens"].to_numpy().astype(np.int64)
+
+    @cached_property
+    def run_modality(self) -> npt.NDArray[np.uint8]:
+        """Index into ``MODALITIES`` of each run, (R,)."""
+        return self.rows["modality_index"].to_numpy().astype(np.uint8)
+
+    @cached_property
+    def run_clip(self) -> npt.NDArray[np.int64]:
+        """Ordinal of each run's clip within the shard, (R,)."""
+        return np.cumsum(self._starts_clip) - 1
+
+    @cached_property
+    def clips(self) -> pa.Table:
+        """Key and bounds of each clip: video_id, clip, start_seconds, stop_seconds."""
+        return self.rows.filter(pa.array(self._starts_clip)).select(
+            ["video_id", "clip", "start_seconds", "stop_seconds"]
+        )
+
+    @cached_property
+    def _starts_clip(self) -> npt.NDArray[np.bool_]:
+        ordinals = self.rows["clip_ordinal"].to_numpy()
+        return np.concatenate([[True], ordinals[1:] != ordinals[:-1]]) if len(ordinals) else np.zeros(0, dtype=bool)
+
+
+def plan_shards(store: Store, table: str, version: int, shard_tokens: int) -> list[Shard]:
+    """Return shards of whole clips with about ``shard_tokens`` tokens each."""
+    rows = store.open(table, version).scanner(columns=KEY_COLUMNS, with_row_id=True).to_table()
+    if not rows.num_rows:
+        return []
+    modality_index = pa.compute.index_in(rows["modality"], value_set=pa.array(MODALITIES)).cast(pa.uint8())
+    rows = rows.append_column("modality_index", modality_index)
+    rows = rows.sort_by([("video_id", "ascending"), ("clip", "ascending"), ("modality_index", "ascending")])
+    video = rows["video_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    clip = rows["clip"].to_numpy()
+    starts = np.concatenate([[True], (video[1:] != video[:-1]) | (clip[1:] != clip[:-1])])
+    rows = rows.append_column("clip_ordinal", pa.array(np.cumsum(starts)))
+    # A shard ends at the first clip boundary past its budget.
+    tokens_before = np.cumsum(rows["num_tokens"].to_numpy().astype(np.int64)) - rows["num_tokens"].to_numpy()
+    shard_of_clip = tokens_before[starts] // shard_tokens
+    shard_of_row = shard_of_clip[np.cumsum(starts) - 1]
+    bounds = np.flatnonzero(np.diff(shard_of_row, prepend=-1))
+    return [Shard(rows.slice(a, b - a)) for a, b in zip(bounds, [*bounds[1:], rows.num_rows], strict=True)]
+
+
+def read_tokens(store: Store, table: str, version: int, row_ids: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """Return the token embeddings of rows, (T, dim), in the order asked for. Runs on the workers."""
+    column = store.take(table, version, row_ids.to_pylist(), ["embeddings"])["embeddings"].combine_chunks()
+    dim = column.type.value_type.list_size
+    flat = column.flatten().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, dim).astype(np.float32)

@@ -1,0 +1,174 @@
+"""The store: one folder or object-store prefix that holds every Lance table, the indices and the lease.
+
+``lancedb.connect(store.uri)`` opens it. Lance and obstore are built on the same Rust ``object_store`` crate, so one
+dictionary of storage options (credentials, endpoint, region) serves tables and small objects alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lance
+import obstore
+import pyarrow as pa
+
+from operators import schema
+from operators.errors import ConfigError, StorageError
+
+VIDEOS = "videos"
+MODALITIES = "modalities"
+FAILURES = "failures"
+RUNS = "runs"
+RELEASES = "releases"
+
+SCHEMAS: dict[str, pa.Schema] = {
+    VIDEOS: schema.VIDEOS,
+    MODALITIES: schema.MODALITY_ROWS,
+    FAILURES: schema.FAILURES,
+    RUNS: schema.RUNS,
+    RELEASES: schema.RELEASES,
+}
+
+STORAGE_VERSION = "2.0"
+"""Lance file format. 2.0 scans nested lists about 2.5 times as fast as 2.2 (measured on 1,000 x 300 x 128 float16)."""
+
+DELETE_BATCH_ROWS = 10_000
+
+
+def token_table(encoder: str) -> str:
+    """Return the name of an encoder's token embedding table: encoders of different widths live side by side."""
+    return f"token_embeddings_{encoder}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """One store. Cheap to pickle: workers open their own handles.
+
+    Parameters
+    ----------
+    uri
+        Absolute local path or object-store URI, without a trailing slash. Use `Store.at` to make one.
+    options
+        Storage options as both Lance and obstore understand them, for example ``aws_endpoint``.
+    """
+
+    uri: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, location: str, options: Mapping[str, str] | None = None) -> Store:
+        """Return the store at a path or URI."""
+        if "://" not in location:
+            return cls(str(Path(location).expanduser().resolve()), dict(options or {}))
+        return cls(location.rstrip("/"), dict(options or {}))
+
+    @cached_property
+    def objects(self) -> Any:
+        """The obstore handle for small objects (lease, index manifests)."""
+        if "://" in self.uri:
+            return obstore.store.from_url(self.uri, **self.options)
+        return obstore.store.LocalStore(self.uri, mkdir=True)
+
+    def exists(self) -> bool:
+        """Return whether anything was ever written here."""
+        return self.open_or_none(VIDEOS) is not None
+
+    def table_uri(self, name: str) -> str:
+        """Return where a table lives."""
+        return f"{self.uri}/{name}.lance"
+
+    def open(self, name: str, version: int | None = None) -> lance.LanceDataset:
+        """Return a table, optionally at a version.
+
+        Raises
+        ------
+        StorageError
+            If it does not exist or cannot be read.
+        """
+        dataset = self.open_or_none(name, version)
+        if dataset is None:
+            at = "" if version is None else f" at version {version}"
+            raise StorageError(
+                f"{self.uri} has no table {name!r}{at}. Run `maxreel index MANIFEST --store {self.uri}` first, "
+                "or check --store."
+            )
+        return dataset
+
+    def open_or_none(self, name: str, version: int | None = None) -> lance.LanceDataset | None:
+        """Return a table, or None where it was never created."""
+        try:
+            return lance.dataset(self.table_uri(name), version=version, storage_options=dict(self.options) or None)
+        except ValueError as error:  # what Lance raises for a missing dataset or version
+            if "not found" in str(error).lower():
+                return None
+            raise StorageError(f"cannot open {self.table_uri(name)}: {error}") from error
+        except OSError as error:
+            raise StorageError(f"cannot open {self.table_uri(name)}: {error}") from error
+
+    def create(self, name: str, table_schema: pa.Schema | None = None) -> lance.LanceDataset:
+        """Return a table, made empty if it is not there.
+
+        A table of another schema (a new encoder width under the same name) starts again from empty; older versions
+        keep the old rows for the releases that read them.
+        """
+        wanted = table_schema or SCHEMAS[name]
+        dataset = self.open_or_none(name)
+        if dataset is not None and dataset.schema.equals(wanted):
+            return dataset
+        return lance.write_dataset(
+            wanted.empty_table(),
+            self.table_uri(name),
+            mode="create" if dataset is None else "overwrite",
+            data_storage_version=STORAGE_VERSION,
+            storage_options=dict(self.options) or None,
+        )
+
+    def take(self, name: str, version: int, row_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """Return rows of a table's version by Lance row id, in the order asked for."""
+        rows: pa.Table = self.open(name, version)._take_rows(list(row_ids), columns=list(columns))
+        return rows
+
+    def delete_rows(self, name: str, row_ids: Sequence[int]) -> None:
+        """Delete rows by Lance row id (valid for the version they were read from, while we are the only writer)."""
+        dataset = self.open(name)
+        for first in range(0, len(row_ids), DELETE_BATCH_ROWS):
+            batch = row_ids[first : first + DELETE_BATCH_ROWS]
+            dataset.delete(f"_rowid IN ({', '.join(map(str, batch))})")
+
+    def upsert(self, name: str, rows: pa.Table, keys: Sequence[str]) -> None:
+        """Insert rows, replacing those with the same keys. Only for small tables, only by the lease's holder."""
+        dataset = self.create(name)
+        dataset.merge_insert(list(keys)).when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+    def put_json(self, path: str, value: Any) -> None:
+        """Write a small JSON object."""
+        obstore.put(self.objects, path, json.dumps(value, indent=1).encode())
+
+    def get_json(self, path: str) -> Any:
+        """Read a small JSON object.
+
+        Raises
+        ------
+        StorageError
+            If it is missing or is not JSON.
+        """
+        try:
+            return json.loads(bytes(obstore.get(self.objects, path).bytes()))
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{self.uri}/{path} is missing; build the index again with `maxreel build-index`"
+            ) from error
+        except ValueError as error:
+            raise StorageError(f"{self.uri}/{path} is not JSON: {error}") from error
+
+
+def check_location(location: str | None) -> str:
+    """Return a store location that was given, or say how to give one."""
+    if not location:
+        raise ConfigError("no store was given. Pass --store DIR (or s3://bucket/prefix), or set `store:` in a config.")
+    return location

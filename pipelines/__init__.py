@@ -1,0 +1,1 @@
+"""What runs: one job a file, each readable top to bottom; the command line; the configuration."""

@@ -1,0 +1,385 @@
+"""The ``maxreel`` command. Heavy imports live inside the commands, so that ``--help`` answers at once.
+
+Results go to stdout, logs to stderr; with ``--json`` stdout holds exactly one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+    from pipelines.job import Job
+
+EXIT_CODES = """Exit codes: 0 ok, 1 crash, 2 usage or configuration, 3 finished with more failures than max_failure_rate,
+4 a quality gate failed, 5 the store is held by another run."""
+
+app = typer.Typer(
+    name="maxreel",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Turn a corpus of videos into a compressed multi-vector index, keep it fresh, and measure it.",
+    epilog=EXIT_CODES,
+)
+
+StoreOption = Annotated[str | None, typer.Option("--store", help="Folder or object-store URI of the store.")]
+ConfigOption = Annotated[
+    list[Path] | None, typer.Option("-c", "--config", help="YAML configuration; later files win. Repeatable.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set one configuration value. Repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="More logs, and tracebacks.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Warnings and errors only.")]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the lease is released
+    app()
+
+
+def _run(
+    work: Callable[[Config], Any],
+    render: Callable[[Any], None],
+    files: list[Path] | None,
+    assignments: list[str] | None,
+    store: str | None,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Load the configuration, do the work, and print its result; end with the exit code of what went wrong."""
+    _set_up_logging(verbose, quiet)
+    from operators.errors import MaxreelError
+    from pipelines import config
+
+    try:
+        result = work(config.load(files or [], assignments or [], store))
+    except MaxreelError as error:
+        _fail(error, error.exit_code, as_json, verbose, getattr(error, "result", None), render)
+    except Exception as error:  # the outermost boundary: whatever it is, say it and exit with 1
+        _fail(error, 1, as_json, verbose)
+    else:
+        _print(result, render, as_json)
+
+
+def _print(result: Any, render: Callable[[Any], None], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, default=str))
+    else:
+        render(result)
+
+
+def _fail(error: Exception, code: int, as_json: bool, verbose: bool, result: Any = None, render: Any = None) -> None:
+    if verbose:
+        traceback.print_exception(error)
+    if as_json:
+        document = {"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}}
+        print(json.dumps((result or {}) | document, default=str))
+    elif result is not None:
+        render(result)
+    message = str(error).strip() or type(error).__name__
+    hint = "" if verbose or code != 1 else "\nRun it again with -v for the traceback."
+    print(f"maxreel: {message if code != 1 else f'{type(error).__name__}: {message}'}{hint}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _set_up_logging(verbose: bool, quiet: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("maxreel")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def _job(name: str, steps: Callable[[Job], None], next_commands: list[str]) -> Callable[[Config], Any]:
+    """Return work that runs steps under one lease and gives their summary."""
+
+    def work(config: Config) -> Any:
+        from operators.errors import TooManyFailuresError
+        from pipelines.job import check_failure_rate, open_job
+
+        with open_job(config, name) as job:
+            steps(job)
+            job.summary.next_commands = [command.format(store=job.store.uri) for command in next_commands]
+        try:
+            check_failure_rate(job)
+        except TooManyFailuresError as error:
+            error.result = job.summary.to_json()  # type: ignore[attr-defined]
+            raise
+        return job.summary.to_json()
+
+    return work
+
+
+@app.command()
+def sample(
+    directory: Annotated[Path, typer.Argument(help="Where to put it.")],
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a sample corpus with known content: videos, manifest.jsonl, queries.jsonl, qrels.txt."""
+    from pipelines import render
+
+    def work(_: Config) -> Any:
+        from pipelines.sample import make_sample
+
+        return make_sample(directory)
+
+    _run(work, render.sample, None, None, None, as_json, verbose, quiet)
+
+
+ManifestArgument = Annotated[
+    str, typer.Argument(help="JSONL, CSV or Parquet manifest, or a folder or object-store prefix of videos.")
+]
+
+
+@app.command()
+def index(
+    manifest: ManifestArgument,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Bring a store up to date with a manifest: ingest, extract and encode what is new or changed."""
+    from pipelines import render
+
+    def steps(job: Job) -> None:
+        from pipelines.encode import encode
+        from pipelines.extract import extract
+        from pipelines.ingest import ingest
+
+        ingest(job, manifest, dry_run)
+        extract(job, dry_run)
+        encode(job, dry_run)
+
+    work = _job("index", steps, ["maxreel build-index --store {store}"])
+    _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def ingest(
+    manifest: ManifestArgument,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Read a manifest into `videos`, new and changed ones only."""
+    from pipelines import render
+
+    def steps(job: Job) -> None:
+        from pipelines.ingest import ingest
+
+        ingest(job, manifest, dry_run)
+
+    work = _job("ingest", steps, ["maxreel extract --store {store}"])
+    _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def extract(
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Extract frames, speech, screen text and metadata that are missing or stale."""
+    from pipelines import render
+
+    def steps(job: Job) -> None:
+        from pipelines.extract import extract
+
+        extract(job, dry_run)
+
+    work = _job("extract", steps, ["maxreel encode --store {store}"])
+    _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def encode(
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Encode modalities whose token embeddings are missing or stale."""
+    from pipelines import render
+
+    def steps(job: Job) -> None:
+        from pipelines.encode import encode
+
+        encode(job, dry_run)
+
+    work = _job("encode", steps, ["maxreel build-index --store {store}"])
+    _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command("build-index")
+def build_index(
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Build a compressed index of the token embeddings, and release it to readers."""
+    from pipelines import render
+
+    def steps(job: Job) -> None:
+        from pipelines.build_index import build_index
+
+        build_index(job, dry_run)
+
+    work = _job("build-index", steps, ['maxreel search "TEXT" --store {store} --explain'])
+    _run(work, render.index, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def search(
+    text: Annotated[str, typer.Argument(help="What to look for.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many videos.")] = 10,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why each video was found.")] = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Search the newest release."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from pipelines.search import search
+
+        found = search(loaded, text, k, explain)
+        return {"query": text, "results": [result.to_json() for result in found]}
+
+    _run(work, render.results, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def evaluate(
+    queries: Annotated[Path, typer.Option("--queries", help="JSON lines: id, text, optional target_modality.")],
+    qrels: Annotated[Path, typer.Option("--qrels", help="Relevance judgements in TREC form.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for run.trec, metrics.json, per_query.parquet.")
+    ] = None,
+    path: Annotated[str, typer.Option("--path", help="`index`, or `exact`: score every token embedding.")] = "index",
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure retrieval over judged queries, overall and by target modality."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from operators.errors import ConfigError
+        from pipelines.evaluate import evaluate
+
+        if path not in ("index", "exact"):
+            raise ConfigError(f"--path {path}: no such path; it is index or exact")
+        result = evaluate(loaded, queries, qrels, out, path)
+        return {name: value for name, value in result.items() if name != "per_query"}
+
+    _run(work, render.measures, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def status(
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show tables, rows and versions, what is stale, what failed, and what readers see."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from pipelines.status import status
+
+        return status(loaded)
+
+    _run(work, render.status, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def failures(
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """List the videos that failed, at which stage, and why."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from pipelines.status import list_failures
+
+        return {"failures": list_failures(loaded)}
+
+    _run(work, render.failures, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def doctor(
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check versions, decoders, models and the store, and say how to mend what is wrong."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from pipelines.doctor import examine
+
+        return {"checks": examine(loaded)}
+
+    _run(work, render.checks, config, assignments, store, as_json, verbose, quiet)

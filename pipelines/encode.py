@@ -1,0 +1,205 @@
+"""Encode: rows of ``modalities`` become token embeddings.
+
+The unit of work is a clip, because joint encoders see all its modalities at once. Keys that are missing or stale are
+found by `compare`; workers read the clips' rows, an actor pool encodes and pools them, and the driver commits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from cluster.commits import compact, write_receipt
+from cluster.freshness import Difference, compare
+from cluster.session import TASK_CPUS, Pool, check_schedule, plan_actors
+from cluster.store import MODALITIES, Store, token_table
+from operators import pooling, schema
+from operators.encode import CLIP_MODALITIES, Encode
+from operators.encoder_multivector import MultiVectorModel
+from operators.encoder_offline import OfflineEncoder
+from operators.fingerprint import fingerprint
+from pipelines.config import EncodeConfig
+from pipelines.job import Job
+from pipelines.progress import Progress
+
+ENCODERS: dict[str, Any] = {"offline": OfflineEncoder, "multivector": MultiVectorModel}
+
+KEYS = ["video_id", "clip", "modality"]
+
+WRITE_BATCH_ROWS = 512
+
+
+def encode(job: Job, dry_run: bool = False) -> None:
+    """Bring the encoder's token embedding table up to date with ``modalities``.
+
+    Raises
+    ------
+    ScheduleError
+        If the actor pool does not fit the cluster.
+    ModelError
+        If the model is missing or incomplete.
+    """
+    config = job.config.encode
+    with job.timed("encode"):
+        table = token_table(config.encoder)
+        work, difference = plan(job.store, config)
+        job.summary.counts.update(encode=work.num_rows)
+        if dry_run:
+            return
+        if work.num_rows:
+            dim = ENCODERS[config.encoder].dim_of(**config.parameters())
+            before = job.store.open_or_none(table)
+            after = job.store.create(table, schema.token_embeddings(dim))
+            if before is not None and before.version == after.version:
+                job.lease.check()
+                job.store.delete_rows(table, difference.surplus_row_ids)
+            _run(job, work, table, dim)
+            compact(job.store, table)
+        elif difference.surplus_row_ids:
+            job.lease.check()
+            job.store.delete_rows(table, difference.surplus_row_ids)
+
+
+def encoder_fingerprint(config: EncodeConfig) -> str:
+    """Return what the token embeddings of an encode config depend on, their input aside."""
+    of_encoder = ENCODERS[config.encoder].fingerprint_of(**config.parameters())
+    return fingerprint(of_encoder, pooling.VERSION, config.pool_tokens.model_dump())
+
+
+def plan(store: Store, config: EncodeConfig) -> tuple[pa.Table, Difference]:
+    """Return the clips to encode (Lance row ids and fingerprints of their stale modalities), and the difference."""
+    of_encoder, joint = encoder_fingerprint(config), ENCODERS[config.encoder].joint
+    rows = store.open(MODALITIES).scanner(columns=[*KEYS, "fingerprint"], with_row_id=True).to_table()
+    rows = _with_output_fingerprints(rows, of_encoder, joint)
+    difference = compare(rows, _existing(store, config.encoder), KEYS)
+    # A joint encoder needs every modality of a clip that has a stale one; all of them are stale by their fingerprint.
+    clips: dict[tuple[str, int], list[tuple[int, str]]] = defaultdict(list)
+    for row in difference.missing.to_pylist():
+        clips[row["video_id"], row["clip"]].append((row["_rowid"], row["fingerprint"]))
+    work = [
+        {"row_ids": [row_id for row_id, _ in of_clip], "fingerprints": [value for _, value in of_clip]}
+        for _, of_clip in sorted(clips.items())
+    ]
+    work_schema = pa.schema([("row_ids", pa.list_(pa.uint64())), ("fingerprints", pa.list_(pa.string()))])
+    return pa.Table.from_pylist(work, schema=work_schema), difference
+
+
+def _with_output_fingerprints(rows: pa.Table, of_encoder: str, joint: bool) -> pa.Table:
+    inputs = rows["fingerprint"].to_pylist()
+    if joint:
+        of_clip: dict[tuple[str, int], list[str]] = defaultdict(list)
+        clips = list(zip(rows["video_id"].to_pylist(), rows["clip"].to_pylist(), strict=True))
+        for clip, value in zip(clips, inputs, strict=True):
+            of_clip[clip].append(value)
+        values = [
+            fingerprint(of_encoder, value, sorted(of_clip[clip])) for clip, value in zip(clips, inputs, strict=True)
+        ]
+    else:
+        values = [fingerprint(of_encoder, value) for value in inputs]
+    index = rows.column_names.index("fingerprint")
+    return rows.set_column(index, "fingerprint", pa.array(values, pa.string()))
+
+
+def _existing(store: Store, encoder: str) -> pa.Table:
+    dataset = store.open_or_none(token_table(encoder))
+    if dataset is None:
+        empty = schema.token_embeddings(1)
+        fields = [empty.field(name) for name in [*KEYS, "fingerprint"]]
+        table = pa.schema([*fields, pa.field("_rowid", pa.uint64())]).empty_table()
+    else:
+        table = dataset.scanner(columns=[*KEYS, "fingerprint"], with_row_id=True).to_table()
+    return table.append_column("rows_per_key", pa.array([1] * table.num_rows, type=pa.int64()))
+
+
+def _run(job: Job, work: pa.Table, table: str, dim: int) -> None:
+    config, resources = job.config.encode, job.start_ray()
+    pool = plan_pool(config, resources["CPU"])
+    check_schedule([pool], 2, resources)
+    job.use([pool])
+    committer = job.committer(table)
+    read = partial(read_clips, store=job.store, version=job.store.open(MODALITIES).version)
+    write = partial(
+        write_receipt,
+        store=job.store,
+        table=table,
+        table_schema=schema.token_embeddings(dim),
+        to_rows=_token_rows,
+        count=_count_tokens,
+    )
+    batch_clips = config.resources.batch_clips
+    receipts = (
+        ray.data.from_arrow(work)
+        .repartition(max(1, min(4096, work.num_rows // batch_clips)))
+        .map_batches(read, batch_format="pyarrow", batch_size=batch_clips, num_cpus=TASK_CPUS)
+        .map_batches(
+            Encode,
+            fn_constructor_kwargs={
+                "make_encoder": ENCODERS[config.encoder],
+                "name": config.encoder,
+                "parameters": config.parameters() | _speed(config),
+                "pool_tokens": config.pool_tokens.model_dump(),
+            },
+            batch_format="pyarrow",
+            batch_size=batch_clips,
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=pool.num_actors),
+            max_restarts=2,
+            max_task_retries=1,
+        )
+        .map_batches(write, batch_format="pyarrow", batch_size=WRITE_BATCH_ROWS, num_cpus=TASK_CPUS)
+    )
+    num_rows = sum(len(of_clip) for of_clip in work["row_ids"].to_pylist())
+    with Progress("encode", num_rows) as progress:
+        for receipt in receipts.iter_rows():
+            committer.add(receipt)
+            progress.advance(receipt["num_items"])
+    committer.flush()
+    job.summary.tokens.update(committer.tally.counts)
+    job.summary.add(committer.tally)
+
+
+def plan_pool(config: EncodeConfig, num_cpus: float) -> Pool:
+    """Return the encoder's actor pool: one actor a GPU, or enough to use the cores."""
+    resources = config.resources
+    [pool] = plan_actors({"encode": 1.0}, num_cpus, {"encode": resources.actors})
+    return Pool("encode", pool.num_actors, pool.num_cpus, resources.gpus_each)
+
+
+def _speed(config: EncodeConfig) -> dict[str, Any]:
+    resources = config.resources
+    return {
+        "batch_tokens": resources.batch_tokens,
+        "device": "cuda" if resources.gpus_each else resources.device,
+        "num_threads": resources.num_threads,
+    }
+
+
+def read_clips(work: pa.Table, store: Store, version: int) -> pa.Table:
+    """Return clips with the contents of their stale modalities. Runs on the workers."""
+    clips = work.to_pylist()
+    row_ids = [row_id for clip in clips for row_id in clip["row_ids"]]
+    columns = [*KEYS, "start_seconds", "stop_seconds", "spans", "frames"]
+    rows = iter(store.take(MODALITIES, version, row_ids, columns).to_pylist())
+    return pa.Table.from_pylist([_clip(rows, clip["fingerprints"]) for clip in clips], schema=CLIP_MODALITIES)
+
+
+def _clip(rows: Any, fingerprints: list[str]) -> Mapping[str, Any]:
+    of_clip = [next(rows) | {"fingerprint": value} for value in fingerprints]
+    return {name: of_clip[0][name] for name in ("video_id", "clip", "start_seconds", "stop_seconds")} | {
+        "modalities": [{name: row[name] for name in ("modality", "fingerprint", "spans", "frames")} for row in of_clip]
+    }
+
+
+def _token_rows(batch: pa.Table) -> pa.Table:
+    return batch.drop_columns(["timings"])
+
+
+def _count_tokens(rows: pa.Table) -> Counter[str]:
+    totals = rows.group_by("modality").aggregate([("num_tokens", "sum")]).to_pylist()
+    return Counter({total["modality"]: total["num_tokens_sum"] for total in totals})

@@ -1,0 +1,251 @@
+"""Extract: videos become rows of ``modalities``.
+
+One streaming Ray Data pipeline of actor pools: decode -> speech -> screen text -> rows -> fragments, whose receipts the
+driver commits. Work is what `compare` finds missing or stale, per video and modality: a new OCR engine redoes screen text
+and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from operators.decode import Decode
+from operators.screen_text import ScreenText
+from operators.speech import Speech
+
+from cluster.commits import compact, write_receipt
+from cluster.freshness import Difference, Quarantine, compare
+from cluster.session import TASK_CPUS, Pool, check_schedule, plan_actors
+from cluster.store import MODALITIES, VIDEOS, Store
+from operators import modalities, schema, weights
+from operators.fingerprint import fingerprint
+from operators.modalities import BLOCKED_BY, modality_rows
+from operators.schema import FRAME, METADATA, SCREEN_TEXT, SPEECH
+from pipelines.config import ExtractConfig
+from pipelines.job import Job, forget_failures
+from pipelines.progress import Progress
+
+STAGES = ("decode", SPEECH, SCREEN_TEXT)
+
+WORK_SHARES = {"decode": 1.0, SPEECH: 1.0, SCREEN_TEXT: 6.0}
+"""CPU time of the stages relative to each other, measured on real videos; sizes the actor pools."""
+
+MAX_BLOCKS = 4096
+"""Work is cut into at most this many blocks, so that Ray's driver keeps a bounded number of tasks."""
+
+WRITE_BATCH_CLIPS = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What extract has to do."""
+
+    rows: pa.Table
+    difference: Difference
+    num_quarantined: int
+
+
+class Fingerprints:
+    """What each modality of a video is made from. Model revisions are read once."""
+
+    def __init__(self, config: ExtractConfig) -> None:
+        self._decode = [Decode.VERSION, config.clip_seconds, config.frames.model_dump()]
+        speech, screen = config.speech, config.screen_text
+        self._speech = (
+            [
+                Decode.VERSION,
+                config.clip_seconds,
+                Speech.VERSION,
+                speech.model_dump(),
+                weights.fingerprint(speech.model),
+            ]
+            if SPEECH in config.modalities
+            else []
+        )
+        model = (
+            weights.fingerprint(screen.model) if screen.engine == "easyocr" and SCREEN_TEXT in config.modalities else ""
+        )
+        self._screen_text = [ScreenText.VERSION, screen.model_dump(), model]
+
+    def of(self, video: dict[str, Any]) -> dict[str, str]:
+        """Return the fingerprint of each stage for a row of ``videos``."""
+        decode = fingerprint(video["uri"] is not None, video["source_fingerprint"], self._decode)
+        return {
+            "decode": decode,
+            FRAME: fingerprint(decode, FRAME),
+            SPEECH: fingerprint(video["source_fingerprint"], self._speech),
+            SCREEN_TEXT: fingerprint(decode, self._screen_text),
+            METADATA: fingerprint(decode, modalities.VERSION, video["title"], video["description"], video["tags"]),
+        }
+
+
+def extract(job: Job, dry_run: bool = False) -> None:
+    """Bring ``modalities`` up to date with ``videos``.
+
+    Raises
+    ------
+    ScheduleError
+        If the actor pools do not fit the cluster.
+    ModelError
+        If a model is missing.
+    """
+    config = job.config.extract
+    with job.timed("extract"):
+        fingerprints = Fingerprints(config)
+        work = plan(job.store, config, fingerprints, job.quarantine())
+        job.summary.counts.update(extract=work.rows.num_rows, quarantined=work.num_quarantined)
+        if dry_run:
+            return
+        job.lease.check()
+        job.store.delete_rows(MODALITIES, work.difference.surplus_row_ids)
+        if work.rows.num_rows:
+            _run(job, work.rows)
+            compact(job.store, MODALITIES)
+
+
+def plan(store: Store, config: ExtractConfig, fingerprints: Fingerprints, quarantine: Quarantine) -> Work:
+    """Return what is missing: a row a video, longest first, with the stages wanted and their fingerprints."""
+    videos = store.open(VIDEOS)
+    expected, of_video = [], {}
+    scanner = videos.scanner(
+        columns=["video_id", "uri", "source_fingerprint", "title", "description", "tags", "duration_seconds"],
+        with_row_id=True,
+    )
+    for batch in scanner.to_batches():
+        for video in batch.to_pylist():
+            stages = fingerprints.of(video)
+            of_video[video["video_id"]] = (video["_rowid"], video["duration_seconds"] or 0.0, stages)
+            expected += [(video["video_id"], modality, stages[modality]) for modality in config.modalities]
+    columns = list(zip(*expected, strict=True)) or [(), (), ()]
+    names = ["video_id", "modality", "fingerprint"]
+    wanted = pa.table({name: pa.array(column, pa.string()) for name, column in zip(names, columns, strict=True)})
+    difference = compare(wanted, _existing(store), ["video_id", "modality"])
+
+    missing: dict[str, list[str]] = defaultdict(list)
+    quarantined = set()
+    for row in difference.missing.to_pylist():
+        stages = of_video[row["video_id"]][2]
+        if quarantine.holds(row["video_id"], {stage: stages[stage] for stage in BLOCKED_BY[row["modality"]]}):
+            quarantined.add(row["video_id"])
+        else:
+            missing[row["video_id"]].append(row["modality"])
+    longest_first = sorted(missing, key=lambda video_id: (-of_video[video_id][1], video_id))
+    rows = [_work_row(of_video[video_id], missing[video_id]) for video_id in longest_first]
+    return Work(pa.Table.from_pylist(rows, schema=_WORK), difference, len(quarantined))
+
+
+_FINGERPRINTS = pa.list_(pa.struct([("stage", pa.string()), ("fingerprint", pa.string())]))
+_WORK = pa.schema([("row_id", pa.uint64()), ("wanted", pa.list_(pa.string())), ("fingerprints", _FINGERPRINTS)])
+
+
+def _work_row(video: tuple[int, float, dict[str, str]], wanted: list[str]) -> dict[str, Any]:
+    row_id, _, stages = video
+    fingerprints = [{"stage": stage, "fingerprint": value} for stage, value in stages.items()]
+    return {"row_id": row_id, "wanted": [m for m in schema.MODALITIES if m in wanted], "fingerprints": fingerprints}
+
+
+def _existing(store: Store) -> pa.Table:
+    columns = ["video_id", "modality", "fingerprint", "num_clips"]
+    table = store.open(MODALITIES).scanner(columns=columns, with_row_id=True).to_table()
+    return table.rename_columns(["video_id", "modality", "fingerprint", "rows_per_key", "_rowid"])
+
+
+def _run(job: Job, work: pa.Table) -> None:
+    config, resources = job.config.extract, job.start_ray()
+    pools = {pool.name: pool for pool in plan_pools(config, resources["CPU"])}
+    check_schedule(list(pools.values()), 3, resources)
+    job.use(list(pools.values()))
+    committer = job.committer(MODALITIES)
+    read = partial(read_videos, store=job.store, version=job.store.open(VIDEOS).version)
+    write = partial(
+        write_receipt,
+        store=job.store,
+        table=MODALITIES,
+        table_schema=schema.MODALITY_ROWS,
+        to_rows=modality_rows,
+        count=_count,
+    )
+    clips = ray.data.from_arrow(work).repartition(min(work.num_rows, MAX_BLOCKS))
+    clips = clips.map_batches(read, batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
+    for name, operator, parameters in operators(config):
+        clips = clips.map_batches(
+            operator,
+            fn_constructor_kwargs=parameters,
+            batch_format="pyarrow",
+            batch_size=1 if name == "decode" else 4,
+            num_cpus=pools[name].num_cpus,
+            num_gpus=pools[name].num_gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=pools[name].num_actors, max_tasks_in_flight_per_actor=2),
+            max_restarts=2,
+            max_task_retries=1,
+        )
+    receipts = clips.map_batches(write, batch_format="pyarrow", batch_size=WRITE_BATCH_CLIPS, num_cpus=TASK_CPUS)
+    with Progress("extract", work.num_rows) as progress:
+        for receipt in receipts.iter_rows():
+            committer.add(receipt)
+            progress.advance(receipt["num_items"])
+    committer.flush()
+    job.summary.add(committer.tally)
+    _forget_resolved(job, work)
+
+
+def plan_pools(config: ExtractConfig, num_cpus: float) -> list[Pool]:
+    """Return the actor pools of the stages that the wanted modalities need."""
+    wanted = {"decode": 1.0} | {
+        stage: WORK_SHARES[stage] for stage in (SPEECH, SCREEN_TEXT) if stage in config.modalities
+    }
+    fixed = config.resources.model_dump()
+    pools = plan_actors(wanted, num_cpus, {stage: fixed[stage] for stage in STAGES})
+    gpus = config.resources.gpus_each
+    return [Pool(p.name, p.num_actors, p.num_cpus, 0.0 if p.name == "decode" else gpus) for p in pools]
+
+
+def operators(config: ExtractConfig) -> Iterator[tuple[str, type, dict[str, Any]]]:
+    """Yield name, class and parameters of each operator, in order."""
+    device = "cuda" if config.resources.gpus_each else "cpu"
+    frames = config.frames.model_dump()
+    yield (
+        "decode",
+        Decode,
+        frames
+        | {
+            "clip_seconds": config.clip_seconds,
+            "timeout_seconds": config.resources.timeout_seconds,
+        },
+    )
+    if SPEECH in config.modalities:
+        yield SPEECH, Speech, config.speech.model_dump() | {"device": device}
+    if SCREEN_TEXT in config.modalities:
+        yield SCREEN_TEXT, ScreenText, config.screen_text.model_dump() | {"device": device}
+
+
+def read_videos(work: pa.Table, store: Store, version: int) -> pa.Table:
+    """Return work rows with the ``videos`` columns that the operators need. Runs on the workers."""
+    columns = ["video_id", "uri", "title", "description", "tags"]
+    videos = store.take(VIDEOS, version, work["row_id"].to_pylist(), columns)
+    for name in ("wanted", "fingerprints"):
+        videos = videos.append_column(name, work[name])
+    return videos
+
+
+def _count(rows: pa.Table) -> Counter[str]:
+    return Counter(rows["modality"].to_pylist())
+
+
+def _forget_resolved(job: Job, work: pa.Table) -> None:
+    """Forget the failures of stages that this run did anew and that did not fail again."""
+    videos = read_videos(work, job.store, job.store.open(VIDEOS).version)
+    failed = {(failure["video_id"], failure["stage"]) for failure in job.summary.failures}
+    done = {
+        (video_id, stage)
+        for video_id, wanted in zip(videos["video_id"].to_pylist(), videos["wanted"].to_pylist(), strict=True)
+        for modality in wanted
+        for stage in BLOCKED_BY[modality]
+    }
+    forget_failures(job, done - failed)

@@ -1,0 +1,187 @@
+"""What a person reads on stdout: results as text and tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Json = Mapping[str, Any]
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float | None) -> str:
+    """Return a position in a video as minutes and seconds."""
+    minutes, rest = divmod(int(seconds or 0), 60)
+    return f"{minutes:02d}:{rest:02d}"
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes in the unit that suits it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"
+
+
+def sample(result: Json) -> None:
+    """Print what a sample corpus holds."""
+    counts = ", ".join(f"{value} {name}" for name, value in result.items() if isinstance(value, int))
+    _console().print(f"made {counts} in {result['directory']}")
+
+
+def summary(result: Json) -> None:
+    """Print what a run of index, ingest, extract or encode did."""
+    console, counts = _console(), result["counts"]
+    if "listed" in counts:
+        names = ("listed", "new", "changed", "unchanged", "quarantined")
+        console.print("videos    " + " · ".join(f"{counts.get(name, 0)} {name}" for name in names))
+    if "extract" in counts or "encode" in counts:
+        console.print(f"work      extract {counts.get('extract', 0)} videos · encode {counts.get('encode', 0)} clips")
+    if result["tokens"]:
+        console.print("tokens    " + " · ".join(f"{name} {value}" for name, value in sorted(result["tokens"].items())))
+    _print_stages(console, result)
+    _print_failures(console, result["failures"])
+    console.print("seconds   " + " · ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
+    _print_next(console, result)
+
+
+def _print_stages(console: Console, result: Json) -> None:
+    if not result["stages"]:
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "actors", "busy s", "cpu s", ""):
+        table.add_column(column, justify="left" if column in ("stage", "") else "right")
+    for name, cost in result["stages"].items():
+        mark = "← bottleneck" if name == result["bottleneck"] else ""
+        table.add_row(name, str(cost["actors"]), f"{cost['seconds']:.1f}", f"{cost['cpu_seconds']:.1f}", mark)
+    console.print(table)
+
+
+def _print_failures(console: Console, failed: Sequence[Json]) -> None:
+    if not failed:
+        return
+    causes = Counter(f"{failure['stage']}: {failure['error']}" for failure in failed)
+    videos = len({failure["video_id"] for failure in failed})
+    console.print(f"failed    {videos} videos · " + " · ".join(f"{n} {cause}" for cause, n in causes.most_common()))
+
+
+def _print_next(console: Console, result: Json) -> None:
+    for command in result["next"]:
+        console.print(f"next      {command}", markup=False)
+
+
+def index(result: Json) -> None:
+    """Print what build-index made."""
+    console, counts = _console(), result["counts"]
+    console.print(
+        f"tokens    {counts['tokens']} in {counts['clips']} clips · {counts['segments']} segments"
+        + (f" · {counts['centroids']} centroids" if "centroids" in counts else "")
+    )
+    if "index_bytes" in counts:
+        per_token = counts["index_bytes"] / counts["tokens"]
+        console.print(
+            f"index     {size(counts['index_bytes'])} on disk, {per_token:.1f} bytes a token, everything counted"
+        )
+        console.print(f"release   {counts['release']} published")
+    console.print("seconds   " + " · ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
+    _print_next(console, result)
+
+
+def results(result: Json) -> None:
+    """Print search results and their explanations."""
+    console = _console()
+    if not result["results"]:
+        console.print("nothing found")
+    for rank, found in enumerate(result["results"], start=1):
+        span = f"{clock(found['start_seconds'])}–{clock(found['stop_seconds'])}"
+        console.print(
+            f"{rank:3d}  {found['score']:7.3f}  {found['video_id']}  {found['title'] or ''}  {span}", markup=False
+        )
+        _print_explanation(console, found)
+
+
+def _print_explanation(console: Console, found: Json) -> None:
+    if not found["winners"]:
+        return
+    shares = sorted(found["share_by_modality"].items(), key=lambda item: -item[1])
+    console.print("       by modality: " + " · ".join(f"{name} {share:.0%}" for name, share in shares if share > 0))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(6):
+        table.add_column(no_wrap=True)
+    for winner in found["winners"]:
+        text = winner["text"] if len(winner["text"]) <= 60 else winner["text"][:57] + "..."
+        cells = (winner["token"], f"{winner['score']:.2f}", winner["modality"], clock(winner["start_seconds"]), text)
+        table.add_row("      ", *map(Text, cells))
+    console.print(table)
+
+
+def measures(result: Json) -> None:
+    """Print measures by target modality."""
+    console, groups = _console(), result["measures"]
+    names = [name for name in groups["all"] if name != "queries"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("target modality")
+    table.add_column("queries", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
+    for group, values in sorted(groups.items(), key=lambda item: (item[0] == "all", item[0])):
+        table.add_row(group, str(values["queries"]), *(f"{values[name]:.3f}" for name in names))
+    console.print(f"{result['path']} path · scorer {result['scorer']} · release {result['release_id']}")
+    console.print(table)
+    for name, value in result.items():
+        if name.startswith("overlap@"):
+            console.print(f"{name}: {value:.3f}")
+
+
+def status(result: Json) -> None:
+    """Print the state of a store."""
+    console = _console()
+    table = Table(box=None, pad_edge=False)
+    for column in ("table", "rows", "version"):
+        table.add_column(column, justify="left" if column == "table" else "right")
+    for name, entry in result["tables"].items():
+        table.add_row(name, str(entry["rows"]), str(entry["version"]))
+    console.print(table)
+    stale, release, holder = result["stale"], result["release"], result["held_by"]
+    console.print(
+        f"stale     extract {stale['extract']} videos · encode {stale['encode']} clips · {stale['quarantined']} quarantined"
+    )
+    console.print("failed    " + (" · ".join(f"{n} {cause}" for cause, n in result["failures"].items()) or "nothing"))
+    console.print(
+        f"release   {release['release_id']} ({release['index_id']}, {release['time']})"
+        if release
+        else "release   none yet"
+    )
+    if holder:
+        console.print(
+            f"held by   run {holder['run_id']} ({holder['job']}) on {holder['host']}, process {holder['pid']}"
+        )
+
+
+def failures(result: Json) -> None:
+    """Print failures, a paragraph each."""
+    console = _console()
+    for failure in result["failures"]:
+        again = "final" if failure["final"] else f"attempt {failure['attempts']}"
+        console.print(f"{failure['video_id']}  {failure['stage']}  {failure['error']}  ({again})", markup=False)
+        console.print(f"    {failure['message']}", markup=False)
+    if not result["failures"]:
+        console.print("no failures")
+
+
+def checks(result: Json) -> None:
+    """Print what the doctor found."""
+    console = _console()
+    for check in result["checks"]:
+        console.print(f"{check['level']:<5} {check['name']:<10} {check['detail']}", markup=False)
+        if check["mend"]:
+            console.print(f"      mend: {check['mend']}", markup=False)

@@ -1,0 +1,132 @@
+"""Search: text in, videos out, with the reason for each on request."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from operators.segment import explain as explain_clip
+
+from cluster.searchers import Hit, SearchOptions, SegmentHolder
+from cluster.store import MODALITIES, VIDEOS, Store
+from operators import schema
+from operators.encoders import Query
+from pipelines.config import Config
+from pipelines.job import open_store
+from pipelines.release import Release, open_release
+
+
+@dataclass(frozen=True)
+class Winner:
+    """What one query token matched best in a clip."""
+
+    token: str
+    modality: str
+    score: float
+    start_seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """A search result, with its explanation where one was asked for."""
+
+    video_id: str
+    score: float
+    start_seconds: float
+    stop_seconds: float
+    title: str | None
+    uri: str | None
+    winners: list[Winner] = field(default_factory=list)
+    share_by_modality: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return asdict(self)
+
+
+def search(config: Config, text: str, k: int, explain: bool = False) -> list[Found]:
+    """Return the best ``k`` videos for a text, from the newest release.
+
+    The segments are loaded into this process: for many queries use ``evaluate``, which spreads them over actors.
+
+    Raises
+    ------
+    StorageError
+        If nothing was released yet.
+    """
+    store = open_store(config)
+    release = open_release(store)
+    encoder = release.load_encoder(num_threads=os.cpu_count() or 1)
+    query = Query(text=text)
+    embedded = encoder.encode_queries([query])
+    holder = SegmentHolder(store, release.index_id, release.manifest["segments"])
+    options = SearchOptions(k, config.search.scorer, config.search.probes, config.search.candidates)
+    [hits] = holder.search(embedded, options)
+    videos = _videos(store, release, [hit.video_id for hit in hits])
+    tokens = encoder.query_tokens(query) if explain else []
+    return [
+        Found(
+            video_id=hit.video_id,
+            score=hit.score,
+            start_seconds=hit.start_seconds,
+            stop_seconds=hit.stop_seconds,
+            title=videos[hit.video_id]["title"],
+            uri=videos[hit.video_id]["uri"],
+            **(_explain(store, release, hit, embedded[0], tokens, options.scorer) if explain else {}),
+        )
+        for hit in hits
+    ]
+
+
+def _videos(store: Store, release: Release, video_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    dataset = store.open(VIDEOS, release.tables[VIDEOS])
+    rows = dataset.to_table(columns=["video_id", "title", "uri"], filter=_any_of(video_ids)) if video_ids else None
+    found = {row["video_id"]: row for row in rows.to_pylist()} if rows else {}
+    return defaultdict(lambda: {"title": None, "uri": None}, found)
+
+
+def _any_of(video_ids: Sequence[str]) -> str:
+    quoted = ", ".join("'" + video_id.replace("'", "''") + "'" for video_id in video_ids)
+    return f"video_id IN ({quoted})"
+
+
+def _explain(
+    store: Store, release: Release, hit: Hit, query: np.ndarray, query_tokens: Sequence[str], scorer: str
+) -> dict[str, Any]:
+    """Return the winners of a hit and each modality's share, from the float16 embeddings behind the index."""
+    of_clip = f"{_any_of([hit.video_id])} AND clip = {hit.clip}"
+    table = store.open(release.token_table, release.tables[release.token_table])
+    rows = table.to_table(columns=["modality", "embeddings", "span_index"], filter=of_clip).to_pylist()
+    rows.sort(key=lambda row: schema.MODALITIES.index(row["modality"]))
+    dim = release.manifest["dim"]
+    tokens = np.concatenate([np.array(row["embeddings"], np.float32).reshape(-1, dim) for row in rows])
+    lengths = np.array([len(row["span_index"]) for row in rows])
+    modality = np.array([schema.MODALITIES.index(row["modality"]) for row in rows], np.uint8)
+    winners, shares = explain_clip(query, tokens, lengths, modality, scorer)
+    contents = _contents(store, release, of_clip)
+    spans = [(row["modality"], span) for row in rows for span in row["span_index"]]
+    return {
+        "winners": [
+            _winner(token, *spans[index], score, contents)
+            for token, index, score in zip(query_tokens, winners.token.tolist(), winners.score.tolist(), strict=True)
+        ],
+        "share_by_modality": {schema.MODALITIES[m]: share for m, share in shares.items()},
+    }
+
+
+def _contents(store: Store, release: Release, of_clip: str) -> dict[str, dict[str, Any]]:
+    table = store.open(MODALITIES, release.tables[MODALITIES])
+    return {row["modality"]: row for row in table.to_table(filter=of_clip).to_pylist()}
+
+
+def _winner(token: str, modality: str, span: int, score: float, contents: dict[str, dict[str, Any]]) -> Winner:
+    content = contents[modality]
+    if modality == schema.FRAME:
+        return Winner(token, modality, score, content["frames"][span]["pts_seconds"], f"frame {span}")
+    of_span = content["spans"][span]
+    return Winner(token, modality, score, of_span["start_seconds"], of_span["text"])
