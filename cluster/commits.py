@@ -131,8 +131,8 @@ def _write(rows: pa.Table, store: Store, table: str) -> list[FragmentMetadata]:
 
 
 def _failures(batch: pa.Table) -> Iterable[dict[str, Any]]:
-    if "failures" not in batch.column_names:
-        return
+    if "fingerprints" not in batch.column_names:
+        return  # a stage that records no failures of items
     columns = batch.select(["video_id", "failures", "fingerprints"]).to_pylist()
     for row in columns:
         fingerprints = {entry["stage"]: entry["fingerprint"] for entry in row["fingerprints"]}

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
-from operators.maxsim import score_clips
-from operators.segment import search
 
 from cluster.index_store import LoadedSegment, read_codec, read_segment
 from cluster.shards import Shard, read_tokens
 from cluster.store import Store
+from operators.maxsim import score_clips
+from operators.segment import search
 
 Floats = npt.NDArray[np.float32]
 
@@ -79,7 +79,7 @@ def search_exactly(
 ) -> list[list[Hit]]:
     """Return the best ``k`` videos of a shard for each query, scored on its float16 token embeddings. A Ray task."""
     tokens = read_tokens(store, table, version, shard.rows["_rowid"])
-    scores = score_clips(queries, tokens, shard.run_lengths, shard.run_clip, shard.run_modality, scorer)
+    scores = score_clips(queries, tokens, shard.run_lengths, shard.run_clip, shard.clips.num_rows, scorer)
     order = [np.lexsort((np.arange(len(of_query)), -of_query)) for of_query in scores]
     hits = [
         best_videos(shard.clips, ranked[np.isfinite(of_query[ranked])], of_query[ranked][np.isfinite(of_query[ranked])])

@@ -116,7 +116,7 @@ class MultiVectorModel:
         return results
 
     def _offsets(self, text: str, ids: list[int]) -> np.ndarray:
-        """Return where in the text each of the model's input tokens starts; prompt and special tokens take their neighbour's."""
+        """Return where in the text each input token starts; prompt and special tokens take their neighbour's."""
         own = self._model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         offsets = np.zeros(len(ids), dtype=np.int64)
         known = np.zeros(len(ids), dtype=bool)

@@ -24,7 +24,10 @@ import pyarrow.fs
 from operators.errors import ConfigError, ItemError, SourceError
 from operators.fingerprint import fingerprint
 
-VIDEO_SUFFIXES = frozenset([".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv"])
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+    *(".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv"),
+)
 COLUMNS = ("video_id", "uri", "title", "description", "tags")
 
 
@@ -105,7 +108,7 @@ def _list_videos(filesystem: Any, path: str, manifest: str) -> Iterator[tuple[in
         if info.is_file and posixpath.splitext(info.path)[1].lower() in VIDEO_SUFFIXES
     )
     if not files:
-        raise ConfigError(f"{manifest} holds no videos (files ending in {', '.join(sorted(VIDEO_SUFFIXES))})")
+        raise ConfigError(f"{manifest} holds no videos (files ending in {', '.join(VIDEO_SUFFIXES)})")
     for number, file in enumerate(files, start=1):
         yield number, {"uri": posixpath.relpath(file, path)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -17,36 +18,34 @@ LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Counts finished items of one stage, on stderr.
+    """Counts finished items of one stage, on stderr; use as a context manager.
 
     Parameters
     ----------
     stage
         What is shown.
     total
-        Items expected; None where it is not known.
+        Items expected.
     """
 
-    def __init__(self, stage: str, total: int | None) -> None:
+    def __init__(self, stage: str, total: int) -> None:
         self._stage, self._total, self._done = stage, total, 0
-        self._started = self._last_line = time.monotonic()
+        self._started = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._log_until_stopped, name="progress", daemon=True)
         self._bar: Bar | None = None
         if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
-            self._bar = Bar(
-                TextColumn("{task.description:>12}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-            )
+            columns = TaskProgressColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            name = TextColumn("{task.description:>12}")
+            self._bar = Bar(name, BarColumn(), *columns, console=Console(stderr=True))
+            self._task = self._bar.add_task(stage, total=total)
 
     def __enter__(self) -> Progress:
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task(self._stage, total=self._total)
         else:
-            log.info("%s: %s to do", self._stage, self._total if self._total is not None else "unknown number")
+            log.info("%s: %d to do", self._stage, self._total)
+            self._thread.start()
         return self
 
     def advance(self, items: int) -> None:
@@ -54,14 +53,21 @@ class Progress:
         self._done += items
         if self._bar:
             self._bar.advance(self._task, items)
-        elif time.monotonic() - self._last_line >= LOG_SECONDS:
-            self._last_line = time.monotonic()
-            log.info("%s: %d of %s done, %.0f s", self._stage, self._done, self._total, self._last_line - self._started)
+
+    def _log_until_stopped(self) -> None:
+        while not self._stop.wait(LOG_SECONDS):
+            log.info("%s: %d of %d done, %.0f s", self._stage, self._done, self._total, self._seconds())
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif error is None:
-            log.info("%s: %d done in %.0f s", self._stage, self._done, time.monotonic() - self._started)
+            return
+        self._stop.set()
+        self._thread.join()
+        if error is None:
+            log.info("%s: done in %.0f s", self._stage, self._seconds())

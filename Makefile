@@ -1,0 +1,36 @@
+# Two commands: `make demo` and `make test`. Both need Python 3.11, make, and the package index; no GPU.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+BIN := $(VENV)/bin
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+		|| { echo "maxreel needs Python 3.11 or 3.12; run: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,rapidocr,sample,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/maxreel sample $(DEMO)/corpus
+	$(BIN)/maxreel index $(DEMO)/corpus/manifest.jsonl --store $(DEMO)/store --set max_failure_rate=0.2
+	$(BIN)/maxreel failures --store $(DEMO)/store
+	$(BIN)/maxreel build-index --store $(DEMO)/store
+	$(BIN)/maxreel evaluate --store $(DEMO)/store \
+		--queries $(DEMO)/corpus/queries.jsonl --qrels $(DEMO)/corpus/qrels.txt --out $(DEMO)/evaluation
+	$(BIN)/maxreel search "a cup of coffee" -k 3 --explain --store $(DEMO)/store
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info
