@@ -246,3 +246,11 @@ def compact(store: Store, table: str) -> None:
     dataset = store.open(table)
     if len(dataset.get_fragments()) > COMPACT_FRAGMENTS:
         dataset.optimize.compact_files()
+
+
+def batch_rows(num_rows: int) -> int:
+    """Return how many items one fragment gets: few in a small job, so that progress and commits are frequent.
+
+    A job of a million gives about 4,000 fragments, which `compact` then merges.
+    """
+    return min(256, max(4, num_rows // 256))

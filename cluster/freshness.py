@@ -53,7 +53,9 @@ def compare(expected: pa.Table, existing: pa.Table, keys: Sequence[str]) -> Diff
     groups = matching.group_by(keys).aggregate([("_rowid", "count"), ("rows_per_key", "max")])
     complete = groups.filter(pc.equal(groups["_rowid_count"], groups["rows_per_key_max"])).select(keys)
 
-    missing = expected.join(complete, keys, join_type="left anti")
+    # Joined by position: Arrow's join carries no list columns.
+    numbered = expected.select(keys).append_column("position", pa.array(range(expected.num_rows), pa.int64()))
+    missing = expected.take(numbered.join(complete, keys, join_type="left anti").sort_by("position")["position"])
     stale_keys = existing.join(complete, keys, join_type="left anti")["_rowid"]
     other_versions = joined.filter(pc.invert(pc.fill_null(pc.equal(joined["fingerprint"], joined["wanted"]), False)))
     surplus = set(stale_keys.to_pylist()) | set(other_versions["_rowid"].to_pylist())

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import obstore
 import pyarrow as pa
-from operators.codec import ResidualCodec
-from operators.segment import Segment
 
 from cluster.store import STORAGE_VERSION, Store
+from operators.codec import ResidualCodec
 from operators.errors import StorageError
+from operators.segment import Segment
 
 FORMAT = 1
 """Of the folder; a reader refuses others."""
@@ -53,7 +53,7 @@ def _read(store: Store, path: str) -> pa.Table:
 
 def write_codec(store: Store, index_id: str, codec: ResidualCodec) -> None:
     """Write a codec, an array a row."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in codec.to_arrays().items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in codec.to_arrays().items()}
     table = pa.table(
         {
             "name": list(arrays),

@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pyarrow as pa
 import ray
+import ray.data
 
 from operators.errors import ScheduleError
 
@@ -57,6 +60,14 @@ def session(
         {} if address else {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
     )
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences its warning
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its errors reach us as exceptions
+    if not address:
+        # A cluster of our own on this machine needs no token; making one would leave ~/.ray/auth_token behind, which
+        # later clusters of the same user then demand.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # We start processes with fork and exec, never by forking alone; and Ray is pinned below the named removal.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
@@ -69,8 +80,6 @@ def session(
 
 
 def _configure_ray_data(no_progress_seconds: float) -> None:
-    import ray.data
-
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
@@ -79,12 +88,24 @@ def _configure_ray_data(no_progress_seconds: float) -> None:
     context.execution_no_progress_timeout_s = int(no_progress_seconds)
 
 
+def blocks(work: pa.Table, num_blocks: int) -> ray.data.Dataset:
+    """Return a dataset of ``num_blocks`` blocks, cut here: Ray's own ``repartition`` asks for a whole CPU a task.
+
+    On a small cluster whose pools hold most of the CPUs that request is never met, and the job waits for ever.
+    """
+    edges = [work.num_rows * i // num_blocks for i in range(num_blocks + 1)]
+    pieces = [work.slice(a, b - a).combine_chunks() for a, b in zip(edges, edges[1:], strict=False)]
+    return ray.data.from_arrow(pieces)
+
+
 def cluster_resources() -> dict[str, float]:
     """Return CPU and GPU totals of the connected cluster."""
     return {kind: amount for kind, amount in ray.cluster_resources().items() if kind in ("CPU", "GPU")}
 
 
-def plan_actors(shares: Mapping[str, float], num_cpus: float, fixed: Mapping[str, int | None]) -> list[Pool]:
+def plan_actors(
+    shares: Mapping[str, float], num_cpus: float, fixed: Mapping[str, int | None], num_items: int
+) -> list[Pool]:
     """Return actor pools that together fit the cluster's CPUs.
 
     Parameters
@@ -95,6 +116,8 @@ def plan_actors(shares: Mapping[str, float], num_cpus: float, fixed: Mapping[str
         Of the cluster.
     fixed
         Pool sizes that the config sets; None where it leaves them open.
+    num_items
+        Of work. No pool gets more actors.
 
     Notes
     -----
@@ -102,7 +125,10 @@ def plan_actors(shares: Mapping[str, float], num_cpus: float, fixed: Mapping[str
     and short stages wait for long ones, so that cores stay busy.
     """
     total = sum(shares.values())
-    sizes = {name: fixed.get(name) or max(1, math.ceil(share / total * num_cpus)) for name, share in shares.items()}
+    sizes = {
+        name: fixed.get(name) or max(1, min(num_items, math.ceil(share / total * num_cpus)))
+        for name, share in shares.items()
+    }
     cpus_each = min(1.0, math.floor(100 * (num_cpus - RESERVED_CPUS) / sum(sizes.values())) / 100)
     return [Pool(name, size, max(cpus_each, 0.01)) for name, size in sizes.items()]
 

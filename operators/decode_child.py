@@ -60,16 +60,20 @@ def main() -> None:
 
 
 def _reply(handle: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a request gives. Whatever a bad file raises is a reply: this is the boundary of one item."""
+    """Return what a request gives. Whatever a bad file raises is a reply: the boundary of one item is here."""
     started = time.process_time()
     try:
         value = handle(**arguments)
-    except ItemError as error:
-        return "error", type(error).__name__, str(error), time.process_time() - started
     except Exception as error:
-        message = f"{display_name(arguments['uri'])}: {type(error).__name__}: {error}"
-        return "error", MediaError.__name__, message, time.process_time() - started
+        return "error", *_described(error, display_name(arguments["uri"])), time.process_time() - started
     return "ok", value, time.process_time() - started
+
+
+def _described(error: Exception, name: str) -> tuple[str, str]:
+    """Return class name and message of an error; one that is not ours means a file that the libraries cannot take."""
+    if isinstance(error, ItemError):
+        return type(error).__name__, str(error)
+    return MediaError.__name__, f"{name}: cannot be decoded; {type(error).__name__}: {error}"
 
 
 class Decoder:
@@ -121,13 +125,13 @@ class Decoder:
         if frame_times is not None:
             try:
                 frames = _jpegs(opened.pictures(frame_times), most_changed, jpeg_quality)
-            except ItemError as error:
-                errors.append(("frame", type(error).__name__, str(error)))
+            except Exception as error:
+                errors.append(("frame", *_described(error, opened.name)))
         if with_audio:
             try:
                 audio = media.read_audio(opened.path, opened.name, start_seconds, stop_seconds)
-            except ItemError as error:
-                errors.append(("speech", type(error).__name__, str(error)))
+            except Exception as error:
+                errors.append(("speech", *_described(error, opened.name)))
         return {"frames": frames, "audio": audio, "errors": errors}
 
     def _open(self, uri: str, max_side: int) -> _Opened:

@@ -3,20 +3,21 @@
 Whisper writes something whatever it hears, so it only ever hears what a voice activity detector (VAD) called speech, and
 what it then writes has to be probable, not repetitive, and inside the region. Measured with tiny.en on real videos:
 
-- **VAD** alone kept Whisper away from all 18 clips of music, noise or silence; without it, half of those with sound gave
-  sentences.
-- **Each region of speech is transcribed on its own.** Joining regions, as ``vad_filter`` does, lost 4 of 7 sentences of a
-  dialogue between a loud and a quiet voice and misplaced the others by up to 10 s. The price is one encoder pass (about
-  0.4 s of CPU) a region in place of one every 30 s.
-- **Greedy decoding, no temperature fallback.** Beam search finds fluent, probable nonsense: on speech in 8 other languages
-  a beam of 5 wrote "thank you for watching" at mean log-probabilities of -0.1 to -1.1, where greedy decoding was below
-  -1.1 or looped with a compression ratio above 7. English speech lay above -0.95 and below 1.8. Sampling at other
-  temperatures also makes two runs differ.
+- **VAD** alone kept Whisper away from all 17 clips of music, noise or silence; without it, 9 of them gave words, all of
+  which the thresholds below dropped too.
+- **Each region of speech is transcribed on its own.** Joining regions, as faster-whisper's ``vad_filter`` does, lost 3 of 6
+  utterances of a dialogue between a loud and a quiet voice and misplaced the others by up to 5 s. The price is one encoder
+  pass (0.4 s of CPU) a region in place of one every 30 s.
+- **Greedy decoding, no temperature fallback.** Beam search finds fluent, probable nonsense. Of 36 sentences in 12 other
+  languages a beam of 5 got 3 past the thresholds, greedy decoding 1; most were below a mean log-probability of -1.1 or
+  looped with a compression ratio above 2.6. English speech lay above -0.95 and below 1.8. Sampling at other temperatures
+  also makes two runs differ.
 
-Cost: 0.045 to 0.1 s of CPU per second of speech, 0.002 per second of anything else.
+Cost: 0.05 to 0.1 s of CPU per second of speech, 0.002 s per second of anything else.
 
 Limit: an English-only model has no notion of language. Its output is recorded as "en", and other languages are recognised
-only by how improbable they make it, so that some words of them may pass. Use a multilingual model where that matters.
+only by how improbable they make it, so that some words of them may pass. Mumbled speech goes the same way as foreign
+speech. Use a multilingual model where that matters.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds model weights and says which ones they are, without loading them.
 
 A model id is ``pkg:PACKAGE[/SUB/PATH]`` (inside an installed package, which is not imported), a local path, or a Hugging
-Face id with an optional ``@revision``. Hashing costs 0.05 s per 100 MB where the processor has SHA instructions, once a
+Face id with an optional ``@revision``. Hashing costs 0.07 s per 100 MB where the processor has SHA instructions, once a
 process.
 """
 

@@ -70,10 +70,13 @@ def _run(
 
     try:
         result = work(config.load(files or [], assignments or [], store))
-    except MaxreelError as error:
-        _fail(error, error.exit_code, as_json, verbose, getattr(error, "result", None), render)
-    except Exception as error:  # the outermost boundary: whatever it is, say it and exit with 1
-        _fail(error, 1, as_json, verbose)
+    except Exception as error:  # the outermost boundary: whatever it is, say it and exit with its code
+        cause = getattr(error, "cause", None)  # a Ray task's error carries ours inside
+        known = next((e for e in (cause, error) if isinstance(e, MaxreelError)), None)
+        shown = known or (cause if isinstance(cause, Exception) else error)
+        if verbose:
+            traceback.print_exception(error)
+        _fail(shown, known.exit_code if known else 1, bool(known), as_json, getattr(known, "result", None), render)
     else:
         _print(result, render, as_json)
 
@@ -85,17 +88,17 @@ def _print(result: Any, render: Callable[[Any], None], as_json: bool) -> None:
         render(result)
 
 
-def _fail(error: Exception, code: int, as_json: bool, verbose: bool, result: Any = None, render: Any = None) -> None:
-    if verbose:
-        traceback.print_exception(error)
+def _fail(
+    error: Exception, code: int, expected: bool, as_json: bool, result: Any, render: Callable[[Any], None]
+) -> None:
+    """Say what went wrong, after what was done before it did, and exit."""
+    message = str(error).strip() or type(error).__name__
     if as_json:
-        document = {"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}}
+        document = {"error": {"type": type(error).__name__, "message": message, "exit_code": code}}
         print(json.dumps((result or {}) | document, default=str))
     elif result is not None:
         render(result)
-    message = str(error).strip() or type(error).__name__
-    hint = "" if verbose or code != 1 else "\nRun it again with -v for the traceback."
-    print(f"maxreel: {message if code != 1 else f'{type(error).__name__}: {message}'}{hint}", file=sys.stderr)
+    print(f"maxreel: {message if expected else f'{type(error).__name__}: {message} (-v shows where)'}", file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -108,7 +111,7 @@ def _set_up_logging(verbose: bool, quiet: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("LANCE_LOG", "error")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 

@@ -74,6 +74,7 @@ class ScreenTextConfig(_Model):
     model: str = "pkg:easyocr_en_models/models"
     languages: tuple[str, ...] = ("en",)
     min_confidence: float = Field(0.4, ge=0, le=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class ActorsConfig(_Model):

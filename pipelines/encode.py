@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from cluster.commits import compact, write_receipt
+from cluster.commits import batch_rows, compact, write_receipt
 from cluster.freshness import Difference, compare
-from cluster.session import TASK_CPUS, Pool, check_schedule, plan_actors
+from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, plan_actors
 from cluster.store import MODALITIES, Store, token_table
 from operators import pooling, schema
 from operators.encode import CLIP_MODALITIES, Encode
@@ -30,8 +30,6 @@ from pipelines.progress import Progress
 ENCODERS: dict[str, Any] = {"offline": OfflineEncoder, "multivector": MultiVectorModel}
 
 KEYS = ["video_id", "clip", "modality"]
-
-WRITE_BATCH_ROWS = 512
 
 
 def encode(job: Job, dry_run: bool = False) -> None:
@@ -118,7 +116,7 @@ def _existing(store: Store, encoder: str) -> pa.Table:
 
 def _run(job: Job, work: pa.Table, table: str, dim: int) -> None:
     config, resources = job.config.encode, job.start_ray()
-    pool = plan_pool(config, resources["CPU"])
+    pool = plan_pool(config, resources["CPU"], work.num_rows)
     check_schedule([pool], 2, resources)
     job.use([pool])
     committer = job.committer(table)
@@ -131,11 +129,11 @@ def _run(job: Job, work: pa.Table, table: str, dim: int) -> None:
         to_rows=_token_rows,
         count=_count_tokens,
     )
-    batch_clips = config.resources.batch_clips
+    batches = -(-work.num_rows // config.resources.batch_clips)
+    num_blocks = min(work.num_rows, max(batches, pool.num_actors))
     receipts = (
-        ray.data.from_arrow(work)
-        .repartition(max(1, min(4096, work.num_rows // batch_clips)))
-        .map_batches(read, batch_format="pyarrow", batch_size=batch_clips, num_cpus=TASK_CPUS)
+        blocks(work, num_blocks)
+        .map_batches(read, batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
         .map_batches(
             Encode,
             fn_constructor_kwargs={
@@ -145,14 +143,19 @@ def _run(job: Job, work: pa.Table, table: str, dim: int) -> None:
                 "pool_tokens": config.pool_tokens.model_dump(),
             },
             batch_format="pyarrow",
-            batch_size=batch_clips,
+            batch_size=None,
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus or None,
             compute=ray.data.ActorPoolStrategy(size=pool.num_actors),
             max_restarts=2,
             max_task_retries=1,
         )
-        .map_batches(write, batch_format="pyarrow", batch_size=WRITE_BATCH_ROWS, num_cpus=TASK_CPUS)
+        .map_batches(
+            write,
+            batch_format="pyarrow",
+            batch_size=len(schema.MODALITIES) * batch_rows(work.num_rows),
+            num_cpus=TASK_CPUS,
+        )
     )
     num_rows = sum(len(of_clip) for of_clip in work["row_ids"].to_pylist())
     with Progress("encode", num_rows) as progress:
@@ -164,10 +167,10 @@ def _run(job: Job, work: pa.Table, table: str, dim: int) -> None:
     job.summary.add(committer.tally)
 
 
-def plan_pool(config: EncodeConfig, num_cpus: float) -> Pool:
+def plan_pool(config: EncodeConfig, num_cpus: float, num_clips: int) -> Pool:
     """Return the encoder's actor pool: one actor a GPU, or enough to use the cores."""
     resources = config.resources
-    [pool] = plan_actors({"encode": 1.0}, num_cpus, {"encode": resources.actors})
+    [pool] = plan_actors({"encode": 1.0}, num_cpus, {"encode": resources.actors}, num_clips)
     return Pool("encode", pool.num_actors, pool.num_cpus, resources.gpus_each)
 
 

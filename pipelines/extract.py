@@ -8,25 +8,25 @@ and nothing else.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray.data
-from operators.decode import Decode
-from operators.screen_text import ScreenText
-from operators.speech import Speech
 
-from cluster.commits import compact, write_receipt
+from cluster.commits import batch_rows, compact, write_receipt
 from cluster.freshness import Difference, Quarantine, compare
-from cluster.session import TASK_CPUS, Pool, check_schedule, plan_actors
+from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, plan_actors
 from cluster.store import MODALITIES, VIDEOS, Store
 from operators import modalities, schema, weights
+from operators.decode import Decode
 from operators.fingerprint import fingerprint
 from operators.modalities import BLOCKED_BY, modality_rows
 from operators.schema import FRAME, METADATA, SCREEN_TEXT, SPEECH
+from operators.screen_text import ScreenText
+from operators.speech import Speech
 from pipelines.config import ExtractConfig
 from pipelines.job import Job, forget_failures
 from pipelines.progress import Progress
@@ -38,8 +38,6 @@ WORK_SHARES = {"decode": 1.0, SPEECH: 1.0, SCREEN_TEXT: 6.0}
 
 MAX_BLOCKS = 4096
 """Work is cut into at most this many blocks, so that Ray's driver keeps a bounded number of tasks."""
-
-WRITE_BATCH_CLIPS = 32
 
 
 @dataclass(frozen=True)
@@ -55,32 +53,26 @@ class Fingerprints:
     """What each modality of a video is made from. Model revisions are read once."""
 
     def __init__(self, config: ExtractConfig) -> None:
-        self._decode = [Decode.VERSION, config.clip_seconds, config.frames.model_dump()]
         speech, screen = config.speech, config.screen_text
-        self._speech = (
-            [
-                Decode.VERSION,
-                config.clip_seconds,
-                Speech.VERSION,
-                speech.model_dump(),
-                weights.fingerprint(speech.model),
-            ]
-            if SPEECH in config.modalities
-            else []
-        )
-        model = (
-            weights.fingerprint(screen.model) if screen.engine == "easyocr" and SCREEN_TEXT in config.modalities else ""
-        )
-        self._screen_text = [ScreenText.VERSION, screen.model_dump(), model]
+        self._windows = [Decode.VERSION, config.clip_seconds]
+        self._frames = config.frames.model_dump()
+        self._speech: list[Any] = []
+        if SPEECH in config.modalities:
+            self._speech = [Speech.VERSION, speech.model_dump(), weights.fingerprint(speech.model)]
+        self._screen_text: list[Any] = []
+        if SCREEN_TEXT in config.modalities:
+            model = weights.fingerprint(screen.model) if screen.engine == "easyocr" else ""
+            self._screen_text = [ScreenText.VERSION, screen.model_dump(), model]
 
-    def of(self, video: dict[str, Any]) -> dict[str, str]:
-        """Return the fingerprint of each stage for a row of ``videos``."""
-        decode = fingerprint(video["uri"] is not None, video["source_fingerprint"], self._decode)
+    def of(self, video: Mapping[str, Any]) -> dict[str, str]:
+        """Return the fingerprint of each stage for a row of ``videos``; every modality depends on the clips' bounds."""
+        decode = fingerprint(video["uri"] is not None, video["source_fingerprint"], self._windows)
+        frame = fingerprint(decode, self._frames)
         return {
             "decode": decode,
-            FRAME: fingerprint(decode, FRAME),
-            SPEECH: fingerprint(video["source_fingerprint"], self._speech),
-            SCREEN_TEXT: fingerprint(decode, self._screen_text),
+            FRAME: frame,
+            SPEECH: fingerprint(decode, self._speech),
+            SCREEN_TEXT: fingerprint(frame, self._screen_text),
             METADATA: fingerprint(decode, modalities.VERSION, video["title"], video["description"], video["tags"]),
         }
 
@@ -158,7 +150,7 @@ def _existing(store: Store) -> pa.Table:
 
 def _run(job: Job, work: pa.Table) -> None:
     config, resources = job.config.extract, job.start_ray()
-    pools = {pool.name: pool for pool in plan_pools(config, resources["CPU"])}
+    pools = {pool.name: pool for pool in plan_pools(config, resources["CPU"], work.num_rows)}
     check_schedule(list(pools.values()), 3, resources)
     job.use(list(pools.values()))
     committer = job.committer(MODALITIES)
@@ -171,21 +163,23 @@ def _run(job: Job, work: pa.Table) -> None:
         to_rows=modality_rows,
         count=_count,
     )
-    clips = ray.data.from_arrow(work).repartition(min(work.num_rows, MAX_BLOCKS))
+    clips = blocks(work, min(work.num_rows, MAX_BLOCKS))
     clips = clips.map_batches(read, batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
     for name, operator, parameters in operators(config):
         clips = clips.map_batches(
             operator,
             fn_constructor_kwargs=parameters,
             batch_format="pyarrow",
-            batch_size=1 if name == "decode" else 4,
+            batch_size=1,
             num_cpus=pools[name].num_cpus,
             num_gpus=pools[name].num_gpus or None,
             compute=ray.data.ActorPoolStrategy(size=pools[name].num_actors, max_tasks_in_flight_per_actor=2),
             max_restarts=2,
             max_task_retries=1,
         )
-    receipts = clips.map_batches(write, batch_format="pyarrow", batch_size=WRITE_BATCH_CLIPS, num_cpus=TASK_CPUS)
+    receipts = clips.map_batches(
+        write, batch_format="pyarrow", batch_size=batch_rows(work.num_rows), num_cpus=TASK_CPUS
+    )
     with Progress("extract", work.num_rows) as progress:
         for receipt in receipts.iter_rows():
             committer.add(receipt)
@@ -195,13 +189,13 @@ def _run(job: Job, work: pa.Table) -> None:
     _forget_resolved(job, work)
 
 
-def plan_pools(config: ExtractConfig, num_cpus: float) -> list[Pool]:
+def plan_pools(config: ExtractConfig, num_cpus: float, num_videos: int) -> list[Pool]:
     """Return the actor pools of the stages that the wanted modalities need."""
     wanted = {"decode": 1.0} | {
         stage: WORK_SHARES[stage] for stage in (SPEECH, SCREEN_TEXT) if stage in config.modalities
     }
     fixed = config.resources.model_dump()
-    pools = plan_actors(wanted, num_cpus, {stage: fixed[stage] for stage in STAGES})
+    pools = plan_actors(wanted, num_cpus, {stage: fixed[stage] for stage in STAGES}, num_videos)
     gpus = config.resources.gpus_each
     return [Pool(p.name, p.num_actors, p.num_cpus, 0.0 if p.name == "decode" else gpus) for p in pools]
 

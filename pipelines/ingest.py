@@ -14,13 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from operators.decode import Probe
 
 from cluster.commits import write_receipt
 from cluster.freshness import compare
-from cluster.session import TASK_CPUS, check_schedule, plan_actors
+from cluster.session import TASK_CPUS, blocks, check_schedule, plan_actors
 from cluster.store import VIDEOS, Store
 from operators import schema
+from operators.decode import Probe
 from operators.fingerprint import fingerprint
 from pipelines import manifest
 from pipelines.job import Job, forget_failures
@@ -69,7 +69,7 @@ def _ingest_chunk(job: Job, chunk: Sequence[Entry], dry_run: bool) -> None:
 
 def _probe_and_write(job: Job, new: pa.Table, replaced_row_ids: list[int]) -> None:
     resources = job.start_ray()
-    [pool] = plan_actors({STAGE: 1.0}, resources["CPU"], {STAGE: job.config.extract.resources.decode})
+    [pool] = plan_actors({STAGE: 1.0}, resources["CPU"], {STAGE: job.config.extract.resources.decode}, new.num_rows)
     check_schedule([pool], 2, resources)
     job.use([pool])
     job.lease.check()
@@ -79,13 +79,12 @@ def _probe_and_write(job: Job, new: pa.Table, replaced_row_ids: list[int]) -> No
         write_receipt, store=job.store, table=VIDEOS, table_schema=schema.VIDEOS, to_rows=_video_rows, count=_count
     )
     receipts = (
-        ray.data.from_arrow(new)
-        .repartition(min(new.num_rows, 4 * pool.num_actors))
+        blocks(new, min(new.num_rows, max(4 * pool.num_actors, new.num_rows // 64)))
         .map_batches(
             Probe,
             fn_constructor_kwargs={"timeout_seconds": job.config.extract.resources.timeout_seconds},
             batch_format="pyarrow",
-            batch_size=32,
+            batch_size=None,
             num_cpus=pool.num_cpus,
             compute=ray.data.ActorPoolStrategy(size=pool.num_actors),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ Json = Mapping[str, Any]
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    # Without a terminal rich would cut tables at 80 columns.
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
 def clock(seconds: float | None) -> str:

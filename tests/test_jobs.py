@@ -1,0 +1,292 @@
+"""The chain as it runs: ingest, extract, encode, build-index, search, evaluate, on tiny videos and a tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cluster.searchers import SearchOptions, SegmentHolder
+from cluster.store import FAILURES, MODALITIES, RUNS, VIDEOS, Store, token_table
+from operators.errors import ModelError, ScheduleError, StorageError, TooManyFailuresError
+from pipelines import evaluate as evaluation
+from pipelines.build_index import build_index
+from pipelines.config import load
+from pipelines.encode import encode
+from pipelines.extract import extract
+from pipelines.ingest import ingest
+from pipelines.job import check_failure_rate, open_job
+from pipelines.release import open_release
+from pipelines.search import search
+from tests.media_files import make_video
+
+TOKENS = token_table("multivector")
+
+
+class Corpus:
+    """Five videos and a broken one, a store, and the commands."""
+
+    def __init__(self, folder, model):
+        self.folder, self.model = folder, model
+        self.rows = [
+            {"video_id": f"v{i}", "uri": f"v{i}.mp4", "title": title}
+            for i, title in enumerate(["red cat", "blue dog", "green moon", "red moon", "blue cat"])
+        ] + [{"video_id": "broken", "uri": "broken.mp4", "title": "green dog"}]
+        for i in range(5):
+            make_video(folder / f"v{i}.mp4", levels=[40 + 40 * i] * 10)
+        (folder / "broken.mp4").write_bytes(b"this is not a video")
+        self.store = Store.at(str(folder / "store"))
+
+    @property
+    def manifest(self):
+        path = self.folder / "manifest.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        return str(path)
+
+    def config(self, *assignments):
+        return load(
+            [],
+            [
+                "extract.modalities=[frame,metadata]",
+                "extract.frames.frames_per_clip=2",
+                "encode.encoder=multivector",
+                f"encode.multivector.model={self.model}/late",
+                "max_failure_rate=0.5",
+                *assignments,
+            ],
+            self.store.uri,
+        )
+
+    def index(self, *assignments, dry_run=False):
+        with open_job(self.config(*assignments), "index") as job:
+            ingest(job, self.manifest, dry_run)
+            extract(job, dry_run)
+            encode(job, dry_run)
+        return job
+
+    def build(self, *assignments):
+        with open_job(self.config(*assignments), "build-index") as job:
+            return build_index(job)
+
+    def versions(self):
+        return {name: self.store.open(name).version for name in (VIDEOS, MODALITIES, TOKENS)}
+
+    def table(self, name, *columns):
+        return self.store.open(name).to_table(columns=list(columns) or None).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory, tiny_model, cluster):
+    """A corpus that was indexed and built once; tests that change it make their own."""
+    corpus = Corpus(tmp_path_factory.mktemp("corpus"), tiny_model)
+    corpus.job = corpus.index()
+    corpus.manifest_of_index = corpus.build("build_index.nbits=8", "build_index.segment_tokens=10")
+    return corpus
+
+
+@pytest.fixture
+def fresh(tmp_path, tiny_model, cluster):
+    return Corpus(tmp_path, tiny_model)
+
+
+def test_every_video_has_a_row_for_each_modality_that_did_not_fail(indexed):
+    found = {(row["video_id"], row["modality"]) for row in indexed.table(MODALITIES, "video_id", "modality")}
+    assert found == {(f"v{i}", m) for i in range(5) for m in ("frame", "metadata")} | {("broken", "metadata")}
+    frames = {row["video_id"]: len(row["frames"]) for row in indexed.table(MODALITIES) if row["modality"] == "frame"}
+    assert frames == {f"v{i}": 2 for i in range(5)}
+
+
+def test_a_broken_file_is_a_row_in_failures_that_a_person_understands(indexed):
+    [failure] = indexed.table(FAILURES)
+    assert (failure["video_id"], failure["stage"], failure["error"], failure["final"]) == (
+        "broken",
+        "decode",
+        "MediaError",
+        True,
+    )
+    assert "broken.mp4" in failure["message"]
+
+
+def test_ingest_learns_what_the_file_declares(indexed):
+    by_id = {row["video_id"]: row for row in indexed.table(VIDEOS)}
+    assert (by_id["v0"]["width"], by_id["v0"]["height"], by_id["v0"]["has_audio"]) == (64, 48, False)
+    assert by_id["v0"]["duration_seconds"] == pytest.approx(1.0, abs=0.05)
+    assert by_id["broken"]["duration_seconds"] is None
+
+
+def test_token_embeddings_have_unit_length_and_a_span_each(indexed):
+    rows = [row for row in indexed.table(TOKENS) if row["modality"] == "metadata"]
+    assert len(rows) == 6
+    for row in rows:
+        embeddings = np.array(row["embeddings"], np.float32)
+        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=2e-3)  # float16 on disk
+        assert len(embeddings) == len(row["span_index"]) == row["num_tokens"] > 0
+
+
+def test_the_run_is_recorded_with_its_config_and_counts(indexed):
+    runs = {row["job"]: row for row in indexed.table(RUNS)}
+    assert runs["index"]["status"] == "ok"
+    assert json.loads(runs["index"]["config"])["encode"]["encoder"] == "multivector"
+    assert json.loads(runs["index"]["counts"])["new"] == 6
+
+
+def test_a_second_run_does_no_work(fresh):
+    fresh.index()
+    before = fresh.versions()
+    job = fresh.index()
+    assert (job.summary.counts["unchanged"], job.summary.counts["extract"], job.summary.counts["encode"]) == (6, 0, 0)
+    assert job.summary.counts["quarantined"] == 1
+    assert fresh.versions() == before
+
+    # Then, on the same store: a new title redoes the metadata of that video and nothing else.
+    old = {(r["video_id"], r["modality"]): r["fingerprint"] for r in fresh.table(MODALITIES)}
+    fresh.rows[1]["title"] = "green cat"
+    assert fresh.index(dry_run=True).summary.counts["changed"] == 1
+    assert fresh.versions() == before, "a dry run changes nothing"
+    job = fresh.index()
+    assert (job.summary.counts["changed"], job.summary.counts["extract"], job.summary.counts["encode"]) == (1, 1, 1)
+    new = {(r["video_id"], r["modality"]): r["fingerprint"] for r in fresh.table(MODALITIES)}
+    assert {key for key in new if new[key] != old[key]} == {("v1", "metadata")}
+
+    # Another number of frames redoes frames only; a video that shrinks leaves no old rows behind.
+    make_video(fresh.folder / "v2.mp4", levels=[10] * 4)
+    job = fresh.index("extract.frames.frames_per_clip=1")
+    assert job.summary.tokens["metadata"] == fresh_tokens(fresh, "v2", "metadata")
+    assert len(fresh.table(MODALITIES)) == len(new)
+    assert all(len(row["frames"]) == 1 for row in fresh.table(MODALITIES) if row["modality"] == "frame")
+
+    # A file that was mended is indexed, and its failure forgotten.
+    make_video(fresh.folder / "broken.mp4")
+    fresh.index("extract.frames.frames_per_clip=1")
+    assert fresh.table(FAILURES) == []
+    assert ("broken", "frame") in {(row["video_id"], row["modality"]) for row in fresh.table(MODALITIES)}
+
+
+def fresh_tokens(corpus, video_id, modality):
+    rows = corpus.table(TOKENS, "video_id", "modality", "num_tokens")
+    return sum(row["num_tokens"] for row in rows if (row["video_id"], row["modality"]) == (video_id, modality))
+
+
+def test_a_missing_file_fails_alone_and_is_tried_again(fresh):
+    fresh.rows = [*fresh.rows[:1], {"video_id": "gone", "uri": "gone.mp4"}]
+    for attempt in (1, 2):
+        job = fresh.index("max_failure_rate=0.9")
+        [failure] = fresh.table(FAILURES)
+        assert (failure["error"], failure["attempts"]) == ("SourceError", attempt)
+    assert [row["video_id"] for row in fresh.table(VIDEOS)] == ["v0"]
+    assert job.summary.counts["worked_on"] == 1
+
+
+def test_more_failures_than_allowed_end_with_their_own_error(fresh):
+    fresh.rows = fresh.rows[-1:]
+    job = fresh.index()
+    with pytest.raises(TooManyFailuresError, match="1 of 1 videos failed"):
+        check_failure_rate(job)
+
+
+def test_a_job_that_cannot_be_scheduled_says_so_at_once(fresh):
+    fresh.rows = fresh.rows[:1]
+    with pytest.raises(ScheduleError, match="GPU"):
+        fresh.index("encode.resources.gpus_each=1")
+
+
+def test_an_index_with_everything_probed_ranks_as_the_exact_path_does(indexed, tmp_path):
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.txt"
+    texts = {"q1": "red cat", "q2": "blue dog", "q3": "moon", "q4": "green"}
+    queries.write_text(
+        "".join(json.dumps({"id": q, "text": t, "target_modality": "metadata"}) + "\n" for q, t in texts.items())
+    )
+    qrels.write_text("q1 0 v0 1\nq2 0 v1 1\nq3 0 v2 1\nq3 0 v3 1\nq4 0 v2 1\nunasked 0 v1 1\n")
+    everything = ["search.probes=1000", "search.candidates=1000"]
+    results = {}
+    for path in ("index", "exact"):
+        for shard_tokens in (7, 10**6):
+            config = indexed.config(*everything, f"evaluate.shard_tokens={shard_tokens}")
+            out = tmp_path / f"{path}{shard_tokens}"
+            results[path, shard_tokens] = evaluation.evaluate(config, queries, qrels, out, path)
+    runs = {key: scores(tmp_path / f"{key[0]}{key[1]}" / "run.trec") for key in results}
+    assert runs["exact", 7] == runs["exact", 10**6], "the number of shards must not matter"
+    assert runs["index", 7] == pytest.approx(runs["exact", 7], abs=0.02), "8 bits, over 4 to 5 query tokens"
+    assert results["index", 7]["overlap@10 with exact"] == 1.0
+    measures = results["exact", 7]["measures"]
+    assert measures["metadata"]["R@1"] > 0.5
+    assert measures["all"]["queries"] == 5, "a judged query that was not asked counts"
+    assert measures["all"]["R@10"] == pytest.approx(4 / 5)
+
+
+def scores(path):
+    lines = [line.split() for line in path.read_text().splitlines()]
+    assert all(len(line) == 6 and line[1] == "Q0" for line in lines)
+    return {(query, video): float(score) for query, _, video, _, score, _ in lines}
+
+
+def test_ir_measures_repeats_our_figures_from_the_files(indexed, tmp_path):
+    import ir_measures
+
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.txt"
+    queries.write_text('{"id": "q1", "text": "red"}\n{"id": "q2", "text": "moon cat"}\n')
+    qrels.write_text("q1 0 v0 1\nq1 0 v3 2\nq2 0 v2 1\n")
+    result = evaluation.evaluate(indexed.config(), queries, qrels, tmp_path / "out", "index")
+    again = ir_measures.calc_aggregate(
+        [ir_measures.nDCG @ 10, ir_measures.RR],
+        list(ir_measures.read_trec_qrels(str(qrels))),
+        list(ir_measures.read_trec_run(str(tmp_path / "out" / "run.trec"))),
+    )
+    assert result["measures"]["all"]["nDCG@10"] == pytest.approx(again[ir_measures.nDCG @ 10], abs=1e-9)
+    assert result["measures"]["all"]["RR"] == pytest.approx(again[ir_measures.RR], abs=1e-9)
+
+
+def test_search_explains_each_query_token(indexed):
+    [first, *_] = search(indexed.config(), "red cat", k=2, explain=True)
+    assert (first.video_id, first.title) == ("v0", "red cat")
+    assert {winner.modality for winner in first.winners} == {"metadata"}
+    by_token = {winner.token: winner for winner in first.winners}
+    assert by_token["red"].text == "red cat"
+    assert sum(first.share_by_modality.values()) == pytest.approx(1)
+
+
+def test_asking_for_more_videos_than_there_are_gives_all(indexed):
+    assert len(search(indexed.config(), "moon", k=50)) == 6
+
+
+def test_readers_keep_their_release_until_the_next_is_built(fresh):
+    fresh.rows = fresh.rows[:2]
+    fresh.index()
+    fresh.build()
+    fresh.rows.append({"video_id": "new", "title": "moon"})
+    fresh.index()
+    assert "new" not in {found.video_id for found in search(fresh.config(), "moon", k=9)}
+    fresh.build()
+    assert search(fresh.config(), "moon", k=9)[0].video_id == "new"
+
+
+def test_a_damaged_segment_is_refused(indexed):
+    release = open_release(indexed.store)
+    [entry, *_] = release.manifest["segments"]
+    with pytest.raises(StorageError, match="does not match its checksum"):
+        SegmentHolder(indexed.store, release.index_id, [{**entry, "checksum": "0" * 64}])
+
+
+def test_segments_on_one_holder_or_several_give_the_same_hits(indexed, cluster):
+    from cluster.searchers import Fleet
+
+    release = open_release(indexed.store)
+    entries = release.manifest["segments"]
+    assert len(entries) > 1
+    queries = [np.eye(128, dtype=np.float32)[:3], np.eye(128, dtype=np.float32)[5:6]]
+    options = SearchOptions(5, "modality_max", 1000, 1000)
+    alone = SegmentHolder(indexed.store, release.index_id, entries).search(queries, options)
+    spread = Fleet(indexed.store, release.index_id, entries, 2, 0.5).search(queries, options)
+    assert alone == spread
+
+
+def test_an_index_of_another_encoder_is_refused(indexed):
+    release = open_release(indexed.store)
+    changed = release.__class__(**{**vars(release), "encoder_fingerprint": "other"})
+    with pytest.raises(ModelError, match="scores would mean nothing"):
+        changed.load_encoder(1)
+
+
+def test_a_bare_backbone_is_refused_before_it_gives_random_scores(fresh):
+    fresh.rows = fresh.rows[:1]
+    with pytest.raises(ModelError, match="projection would be random"):
+        fresh.index(f"encode.multivector.model={fresh.model}/backbone")
