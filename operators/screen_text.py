@@ -1,8 +1,8 @@
 """The screen text operator: what is written in a clip's frames, as spans of text.
 
 Reading is the dearest step of the whole job on a CPU, so as little as possible is read. EasyOCR as it comes takes 2.4 s of
-CPU a frame (one Zen 4 core, 350 frames of 35 real videos, long side 320 to 768), this operator 1.0 s, or 0.5 s with
-``precision="bfloat16"``:
+CPU a frame (one Zen 4 core, mean over 35 real videos, 10 frames each, long side 320 to 768), this operator 1.0 s, or 0.5 s
+with ``precision="bfloat16"``:
 
 ================================================  ================================================================
 a frame that did not change is not read again     0.02 s in place of 1 to 4 s: 6 of 10 frames of a lecture,
@@ -10,10 +10,10 @@ a frame that did not change is not read again     0.02 s in place of 1 to 4 s: 6
 a look at half size first; no text, no reading    0.65 s in place of 3.1 s at 768x432; 25 % more where there is text
 detector in ``channels_last``                     -10 %, same text
 unsure pieces are not read again with contrast    -18 % of the recogniser (0.07 s a line), same text in 33 frames
-``precision="bfloat16"``                          -53 % of the detector on a CPU with AVX512-BF16, slower on others;
-                                                  34 of 36 frames gave the same text: off by default
-detector at 512 px, or a quantised recogniser     -68 % of the one, -12 % of the other, but 20 and 29 of 36 frames
-                                                  the same, and text of 12 px breaks up: not done
+``precision="bfloat16"``                          -53 % of the detector with AVX512-BF16, not measured without; 34 of 36
+                                                  frames gave the same text: off by default
+that and the detector at 512 px                   another -33 %, but 20 of 36 frames the same: text of 12 px breaks up
+that and a quantised recogniser                   -12 % of the recogniser, but 29 of 36 frames the same: not done
 detector on batches of frames                     15 % slower on a CPU: not done
 ================================================  ================================================================
 """
@@ -51,7 +51,7 @@ SCAN_ABOVE_SIDE = 512
 SCAN_SCORE = 0.3
 """Frames above 512 px are first looked at with 384 px, and read if the detector scores any pixel 0.3.
 
-On real frames all readable text scored 0.65 and more there, and 9 of 10 frames without text less than 0.2. In frames of
+On real frames all readable text scored 0.65 and more there, and 53 of 56 frames without text less than 0.3. In frames of
 768 px, text of 10 px scores 0.4; text of 9 px scores 0.05, and is read wrong at full size too.
 """
 

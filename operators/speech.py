@@ -10,7 +10,7 @@ what it then writes has to be probable, not repetitive, and inside the region. M
   pass (0.4 s of CPU) a region in place of one every 30 s.
 - **Greedy decoding, no temperature fallback.** Beam search finds fluent, probable nonsense. Of 36 sentences in 12 other
   languages a beam of 5 got 3 past the thresholds, greedy decoding 1; most were below a mean log-probability of -1.1 or
-  looped with a compression ratio above 2.6. English speech lay above -0.95 and below 1.8. Sampling at other temperatures
+  looped with a compression ratio above 2.6. Clear English lay above -0.95 and below 1.8. Sampling at other temperatures
   also makes two runs differ.
 
 Cost: 0.05 to 0.1 s of CPU per second of speech, 0.002 s per second of anything else.

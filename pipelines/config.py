@@ -164,8 +164,8 @@ class SearchConfig(_Model):
     """How an index is searched."""
 
     scorer: Scorer = "sum_maxsim"
-    probes: int = Field(8, ge=1)
-    candidates: int = Field(1024, ge=1)
+    probes: int = Field(4, ge=1)
+    candidates: int = Field(512, ge=1)
     actors: int | None = Field(None, ge=1)
 
 

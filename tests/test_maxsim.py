@@ -3,7 +3,7 @@ import pytest
 
 from operators import maxsim
 from operators.errors import ShapeError
-from operators.maxsim import SCORERS, modality_max, run_maxima, score_clips, sum_maxsim
+from operators.maxsim import SCORERS, blocks, modality_max, run_maxima, run_winners, score_clips, sum_maxsim
 
 
 def unit(rng, *shape):
@@ -90,10 +90,73 @@ def test_the_size_of_a_block_does_not_change_the_scores(monkeypatch):
     tokens, lengths, clip, num_clips = packed(4, clips=30)
     query = unit(np.random.default_rng(1), 3, 8)
     whole = score_clips([query], tokens, lengths, clip, num_clips, "sum_maxsim")[0]
-    monkeypatch.setattr(maxsim, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(maxsim, "BLOCK_BYTES", 36)  # 3 tokens and 3 runs: runs and clips are cut
     np.testing.assert_allclose(
         score_clips([query], tokens, lengths, clip, num_clips, "sum_maxsim")[0], whole, rtol=1e-6
     )
+
+
+def test_a_clip_scores_the_same_wherever_it_stands():
+    tokens, lengths, clip, num_clips = packed(6, clips=12)
+    queries = [unit(np.random.default_rng(2), 3, 8)]
+    ends = np.cumsum(lengths)
+    order = np.random.default_rng(0).permutation(num_clips)
+    runs = [r for c in order for r in np.flatnonzero(clip == c)]
+    moved = np.concatenate([tokens[ends[r] - lengths[r] : ends[r]] for r in runs])
+    place = np.argsort(order)
+    for scorer in SCORERS:
+        before = score_clips(queries, tokens, lengths, clip, num_clips, scorer)[0]
+        after = score_clips(queries, moved, lengths[runs], place[clip[runs]], num_clips, scorer)[0]
+        np.testing.assert_allclose(after[place], before, rtol=1e-6)  # BLAS may sum in another order
+
+
+def test_a_query_without_tokens_matches_nothing_and_leaves_its_batch_alone():
+    tokens, lengths, clip, num_clips = packed(3)
+    query = unit(np.random.default_rng(0), 2, 8)
+    for scorer in SCORERS:
+        nothing, something = score_clips([query[:0], query], tokens, lengths, clip, num_clips, scorer)
+        assert np.isneginf(nothing).all()
+        np.testing.assert_array_equal(something, score_clips([query], tokens, lengths, clip, num_clips, scorer)[0])
+
+
+def test_no_queries_and_no_clips_score_nothing():
+    tokens, lengths, clip, num_clips = packed(3)
+    assert score_clips([], tokens, lengths, clip, num_clips, "sum_maxsim").shape == (0, num_clips)
+    none = np.zeros(0, np.int64)
+    assert score_clips([tokens[:2]], tokens[:0], none, none, 0, "sum_maxsim").shape == (1, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_winners_are_where_the_maxima_are(seed):
+    tokens, lengths, _, _ = packed(seed)
+    query = unit(np.random.default_rng(seed + 50), 3, 8)
+    winners, maxima = run_winners(query, tokens, lengths)
+    np.testing.assert_allclose(maxima, run_maxima(query, tokens, lengths), rtol=1e-6)
+    ends = np.cumsum(lengths)
+    for run, length in enumerate(lengths):
+        if length == 0:
+            assert (winners[:, run] == -1).all()
+            continue
+        assert ((ends[run] - length <= winners[:, run]) & (winners[:, run] < ends[run])).all()
+        np.testing.assert_allclose(np.einsum("qd,qd->q", query, tokens[winners[:, run]]), maxima[:, run], rtol=1e-5)
+
+
+def test_the_first_of_equal_tokens_wins():
+    tokens = np.array([[0, 1], [1, 0], [1, 0]], np.float32)
+    assert run_winners(tokens[1:2], tokens, np.array([0, 3]))[0].tolist() == [[-1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([2, 2, 2], [(0, 2), (2, 3)]),
+        ([9, 1, 9], [(0, 1), (1, 2), (2, 3)]),  # larger than the budget: alone
+        ([0, 4, 0, 0, 1], [(0, 4), (4, 5)]),
+        ([], []),
+    ],
+)
+def test_blocks_hold_as_much_as_the_budget_allows(sizes, expected):
+    assert list(blocks(np.array(sizes, np.int64), 4)) == expected
 
 
 def test_shapes_that_do_not_fit_are_named():
@@ -101,3 +164,15 @@ def test_shapes_that_do_not_fit_are_named():
         run_maxima(np.ones((1, 3), np.float32), np.ones((2, 2), np.float32), np.array([2]))
     with pytest.raises(ShapeError, match="add up to 3"):
         run_maxima(np.ones((1, 2), np.float32), np.ones((2, 2), np.float32), np.array([3]))
+    with pytest.raises(ShapeError, match="a run length is -1"):
+        run_maxima(np.ones((1, 2), np.float32), np.ones((2, 2), np.float32), np.array([3, -1]))
+
+
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [([0], r"\(1,\) clips"), ([1, 0], "must not fall"), ([0, 2], r"\[0, 2\)"), ([-1, 0], "lie in")],
+)
+def test_clips_that_do_not_fit_the_runs_are_refused(clips, message):
+    tokens = np.eye(2, dtype=np.float32)
+    with pytest.raises(ShapeError, match=message):
+        score_clips([tokens], tokens, np.array([1, 1]), np.array(clips), 2, "sum_maxsim")
