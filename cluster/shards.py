@@ -28,12 +28,14 @@ class Shard:
     @cached_property
     def run_lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each run, (R,)."""
-        return self.rows["num_tokens"].to_numpy().astype(np.int64)
+        lengths: npt.NDArray[np.int64] = self.rows["num_tokens"].to_numpy().astype(np.int64)
+        return lengths
 
     @cached_property
     def run_modality(self) -> npt.NDArray[np.uint8]:
         """Index into ``MODALITIES`` of each run, (R,)."""
-        return self.rows["modality_index"].to_numpy().astype(np.uint8)
+        modality: npt.NDArray[np.uint8] = self.rows["modality_index"].to_numpy().astype(np.uint8)
+        return modality
 
     @cached_property
     def run_clip(self) -> npt.NDArray[np.int64]:
@@ -78,4 +80,5 @@ def read_tokens(store: Store, table: str, version: int, row_ids: pa.ChunkedArray
     column = store.take(table, version, row_ids.to_pylist(), ["embeddings"])["embeddings"].combine_chunks()
     dim = column.type.value_type.list_size
     flat = column.flatten().flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(-1, dim).astype(np.float32)
+    tokens: npt.NDArray[np.float32] = flat.reshape(-1, dim).astype(np.float32)
+    return tokens

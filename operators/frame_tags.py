@@ -54,7 +54,7 @@ class FrameTags:
     ) -> None:
         import torch
         from efficientnet_lite_pytorch import EfficientNet
-        from torchvision.models._meta import _IMAGENET_CATEGORIES  # type: ignore[import-untyped]
+        from torchvision.models._meta import _IMAGENET_CATEGORIES
 
         torch.set_num_threads(num_threads)
         file = _weights_file(model)

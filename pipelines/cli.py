@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -305,7 +305,9 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for run.trec, metrics.json, per_query.parquet.")
     ] = None,
-    path: Annotated[str, typer.Option("--path", help="`index`, or `exact`: score every token embedding.")] = "index",
+    path: Annotated[
+        Literal["index", "exact"], typer.Option("--path", help="`exact` scores every token embedding.")
+    ] = "index",
     store: StoreOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
@@ -317,11 +319,8 @@ def evaluate(
     from pipelines import render
 
     def work(loaded: Config) -> Any:
-        from operators.errors import ConfigError
         from pipelines.evaluate import evaluate
 
-        if path not in ("index", "exact"):
-            raise ConfigError(f"--path {path}: no such path; it is index or exact")
         result = evaluate(loaded, queries, qrels, out, path)
         return {name: value for name, value in result.items() if name != "per_query"}
 

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from operators.segment import explain as explain_clip
 
 from cluster.searchers import Hit, SearchOptions, SegmentHolder
 from cluster.store import MODALITIES, VIDEOS, Store
 from operators import schema
 from operators.encoders import Query
+from operators.segment import explain as explain_clip
 from pipelines.config import Config
 from pipelines.job import open_store
 from pipelines.release import Release, open_release
@@ -112,7 +112,7 @@ def _explain(
     spans = [(row["modality"], span) for row in rows for span in row["span_index"]]
     return {
         "winners": [
-            _winner(token, *spans[index], score, contents)
+            _winner(token, spans[index][0], spans[index][1], score, contents)
             for token, index, score in zip(query_tokens, winners.token.tolist(), winners.score.tolist(), strict=True)
         ],
         "share_by_modality": {schema.MODALITIES[m]: share for m, share in shares.items()},
