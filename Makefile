@@ -22,7 +22,9 @@ demo: install
 	$(BIN)/maxreel build-index --store $(DEMO)/store
 	$(BIN)/maxreel evaluate --store $(DEMO)/store \
 		--queries $(DEMO)/corpus/queries.jsonl --qrels $(DEMO)/corpus/qrels.txt --out $(DEMO)/evaluation
-	$(BIN)/maxreel search "a cup of coffee" -k 3 --explain --store $(DEMO)/store
+	$(BIN)/maxreel search "sounds of marine mammals" -k 1 --explain -q --store $(DEMO)/store
+	$(BIN)/maxreel search "shoes at half price" -k 1 --explain -q --store $(DEMO)/store
+	$(BIN)/maxreel search "a cup of hot coffee" -k 1 --explain -q --store $(DEMO)/store
 
 lint: install
 	$(BIN)/ruff format --check .
