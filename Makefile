@@ -24,7 +24,7 @@ demo: install
 		--queries $(DEMO)/corpus/queries.jsonl --qrels $(DEMO)/corpus/qrels.txt --out $(DEMO)/evaluation
 	$(BIN)/maxreel search "sounds of marine mammals" -k 1 --explain -q --store $(DEMO)/store
 	$(BIN)/maxreel search "shoes at half price" -k 1 --explain -q --store $(DEMO)/store
-	$(BIN)/maxreel search "a cup of hot coffee" -k 1 --explain -q --store $(DEMO)/store
+	$(BIN)/maxreel search "a cat" -k 1 --explain -q --store $(DEMO)/store
 
 lint: install
 	$(BIN)/ruff format --check .
