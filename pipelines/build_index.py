@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from operators.codec import ResidualCodec
-from operators.kmeans import num_centroids
-from operators.segment import Segment
 
 from cluster.index_store import num_bytes, read_codec, write_codec, write_manifest, write_segment
 from cluster.session import TASK_CPUS
 from cluster.shards import Shard, plan_shards, read_tokens
 from cluster.store import MODALITIES, RELEASES, VIDEOS, Store, token_table
 from operators import schema
+from operators.codec import ResidualCodec
 from operators.errors import StorageError
+from operators.kmeans import num_centroids
+from operators.segment import Segment
 from pipelines.encode import encoder_fingerprint
 from pipelines.job import Job
 from pipelines.progress import Progress
