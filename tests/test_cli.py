@@ -1,0 +1,68 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.lease import Lease
+from cluster.store import Store
+from pipelines.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_python_m_pipelines_is_the_same_program():
+    result = subprocess.run([sys.executable, "-m", "pipelines", "--help"], capture_output=True, text=True, check=True)
+    for command in ("index", "ingest", "extract", "encode", "build-index", "search", "evaluate", "status", "doctor"):
+        assert f"  {command} " in result.stdout
+    assert "5 the store is held by another run" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("search", "x"), 2, "no store was given"),
+        (("search", "x", "--set", "serch.probes=1"), 2, "Did you mean search?"),
+        (("index", "nowhere.jsonl", "--store", "{store}"), 2, "there is no manifest"),
+        (("search", "x", "--store", "{store}"), 1, "has no table 'releases'"),
+        (("status", "--store", "{store}"), 1, "maxreel index MANIFEST"),
+    ],
+)
+def test_what_went_wrong_has_its_exit_code_and_what_to_do(tmp_path, arguments, code, message):
+    result = run(*(argument.format(store=tmp_path / "store") for argument in arguments))
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_json_is_exactly_one_document_also_when_something_went_wrong(tmp_path):
+    result = run("status", "--store", tmp_path / "store", "--json")
+    assert json.loads(result.stdout)["error"]["exit_code"] == result.exit_code == 1
+
+
+def test_a_held_store_ends_with_code_5_and_says_who_holds_it(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"video_id": "v", "title": "t"}\n')
+    with Lease(Store.at(str(tmp_path / "store")), "the-other-run", "index"):
+        result = run("ingest", tmp_path / "m.jsonl", "--store", tmp_path / "store")
+    assert result.exit_code == 5
+    assert "the-other-run" in result.stderr
+
+
+def test_a_dry_run_counts_and_writes_no_rows(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"video_id": "v", "title": "t"}\n')
+    result = run("index", tmp_path / "m.jsonl", "--store", tmp_path / "store", "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["counts"]["new"] == 1
+    assert Store.at(str(tmp_path / "store")).open("videos").count_rows() == 0
+
+
+def test_the_doctor_names_a_missing_model_and_its_mend(tmp_path):
+    result = run("doctor", "--store", tmp_path, "--set", "extract.speech.model=pkg:no_such_package", "--json")
+    checks = json.loads(result.stdout)["checks"]
+    [bad] = [check for check in checks if check["level"] == "FAIL"]
+    assert "no_such_package" in bad["detail"]
+    assert bad["mend"]
+    assert [check["level"] for check in checks if check["name"] == "store"] == ["ok"]
