@@ -29,7 +29,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SAMPLE_SECONDS = 0.5
 
 
-def sample(stop: threading.Event, sizes: dict[tuple[int, str], list[tuple[float, float]]]) -> None:
+def sample(stop: threading.Event, sizes: dict[int, list[tuple[float, float]]], names: dict[int, str]) -> None:
     while not stop.wait(SAMPLE_SECONDS):
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -40,9 +40,11 @@ def sample(stop: threading.Event, sizes: dict[tuple[int, str], list[tuple[float,
             pid = int(process.name)
             if pid == os.getpid():
                 name = "driver"
-            if name == "driver" or name.startswith("ray::MapWorker") or "operators.decode_child" in name:
-                short = "decoder process" if "decode_child" in name else name
-                sizes[pid, short].append((time.monotonic(), pages * PAGE_BYTES / 1e6))
+            is_decoder = "operators.decode_child" in name
+            if name == "driver" or is_decoder or name.startswith("ray::"):
+                if pid not in names or name.startswith("ray::MapWorker"):  # a worker's title changes with its work
+                    names[pid] = "decoder process" if is_decoder else name
+                sizes[pid].append((time.monotonic(), pages * PAGE_BYTES / 1e6))
 
 
 def repeated(source: str, target: Path, times: int) -> None:
@@ -60,9 +62,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="A.B=C")
     arguments = parser.parse_args()
-    sizes: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
+    sizes: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    names: dict[int, str] = {}
     stop = threading.Event()
-    sampler = threading.Thread(target=sample, args=(stop, sizes))
+    sampler = threading.Thread(target=sample, args=(stop, sizes, names))
     with tempfile.TemporaryDirectory() as folder:
         long = Path(folder, "long.jsonl")
         repeated(arguments.manifest, long, arguments.repeat)
@@ -77,11 +80,12 @@ def main() -> None:
         total = time.monotonic() - started
     print(f"{job.summary.counts['extract']} videos in {total:.0f} s")
     print(f"{'process':45} {'2nd fifth':>10} {'last fifth':>11} {'ratio':>6}   (MB resident)")
-    for (_, name), points in sorted(sizes.items(), key=lambda item: item[0][1]):
-        if points[-1][0] - points[0][0] < 0.7 * total:
-            continue
+    for pid, points in sorted(sizes.items(), key=lambda item: names[item[0]]):
+        name = names[pid]
         early = [size for at, size in points if 0.2 <= (at - started) / total < 0.4]
         late = [size for at, size in points if (at - started) / total >= 0.8]
+        if not early or not late:
+            continue  # did not live through most of the run
         first, last = statistics.median(early), statistics.median(late)
         print(f"{name:45} {first:10.0f} {last:11.0f} {last / first:6.2f}")
 

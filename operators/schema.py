@@ -26,7 +26,7 @@ SPAN = pa.struct(
         ("language", pa.string()),
     ]
 )
-"""A stretch [start, stop) of a video, counted from its first frame, and what was said or written in it."""
+"""A stretch [start, stop) of a video, counted from the start of its container, and what was said or written in it."""
 
 FRAME_IMAGE = pa.struct([("pts_seconds", pa.float64()), ("jpeg", pa.binary())])
 

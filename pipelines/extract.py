@@ -91,7 +91,9 @@ def extract(job: Job, dry_run: bool = False) -> None:
     with job.timed("extract"):
         fingerprints = Fingerprints(config)
         work = plan(job.store, config, fingerprints, job.quarantine())
-        job.summary.counts.update(extract=work.rows.num_rows, quarantined=work.num_quarantined)
+        counts = job.summary.counts
+        counts.update(extract=work.rows.num_rows, quarantined=work.num_quarantined)
+        counts["worked_on"] = max(counts["worked_on"], work.rows.num_rows)
         if dry_run:
             return
         job.lease.check()

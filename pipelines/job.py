@@ -162,19 +162,22 @@ def open_job(config: Config, name: str) -> Iterator[Job]:
 
 
 def check_failure_rate(job: Job) -> None:
-    """Do nothing if few enough videos failed in this run.
+    """Do nothing if few enough of the videos that this run tried failed for the first time.
+
+    A file that has been missing for a week does not fail every night; a decoder that breaks today does.
 
     Raises
     ------
     TooManyFailuresError
         With the figures and what to type.
     """
-    failed = len({failure["video_id"] for failure in job.summary.failures})
+    failed = len({failure["video_id"] for failure in job.summary.failures if failure["attempts"] == 1})
     worked_on = job.summary.counts["worked_on"]
     limit = job.config.max_failure_rate
     if failed > limit * worked_on:
         raise TooManyFailuresError(
-            f"{failed} of {worked_on} videos failed, more than max_failure_rate {limit:g} allows; the others are done. "
+            f"{failed} of {worked_on} videos failed for the first time, more than max_failure_rate {limit:g} allows; "
+            "the others are done. "
             f"See `maxreel failures --store {job.store.uri}`."
         )
 
