@@ -241,10 +241,11 @@ def was_committed(dataset: lance.LanceDataset, commit_id: str, recent: int = 20)
     return False
 
 
-def compact(store: Store, table: str) -> None:
+def compact(store: Store, table: str, lease: Lease) -> None:
     """Merge small fragments, so that a table written by many small commits still scans fast."""
     dataset = store.open(table)
     if len(dataset.get_fragments()) > COMPACT_FRAGMENTS:
+        lease.check()
         dataset.optimize.compact_files()
 
 

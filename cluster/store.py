@@ -74,10 +74,6 @@ class Store:
             return obstore.store.from_url(self.uri, **self.options)
         return obstore.store.LocalStore(self.uri, mkdir=True)
 
-    def exists(self) -> bool:
-        """Return whether anything was ever written here."""
-        return self.open_or_none(VIDEOS) is not None
-
     def table_uri(self, name: str) -> str:
         """Return where a table lives."""
         return f"{self.uri}/{name}.lance"

@@ -51,13 +51,13 @@ def encode(job: Job, dry_run: bool = False) -> None:
             return
         if work.num_rows:
             dim = ENCODERS[config.encoder].dim_of(**config.parameters())
+            job.lease.check()
             before = job.store.open_or_none(table)
             after = job.store.create(table, schema.token_embeddings(dim))
             if before is not None and before.version == after.version:
-                job.lease.check()
                 job.store.delete_rows(table, difference.surplus_row_ids)
             _run(job, work, table, dim)
-            compact(job.store, table)
+            compact(job.store, table, job.lease)
         elif difference.surplus_row_ids:
             job.lease.check()
             job.store.delete_rows(table, difference.surplus_row_ids)

@@ -100,7 +100,7 @@ def extract(job: Job, dry_run: bool = False) -> None:
         job.store.delete_rows(MODALITIES, work.difference.surplus_row_ids)
         if work.rows.num_rows:
             _run(job, work.rows)
-            compact(job.store, MODALITIES)
+            compact(job.store, MODALITIES, job.lease)
 
 
 def plan(store: Store, config: ExtractConfig, fingerprints: Fingerprints, quarantine: Quarantine) -> Work:

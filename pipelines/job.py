@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+import pipelines
 from cluster.commits import Committer, StageTime, Tally
 from cluster.freshness import Quarantine
 from cluster.lease import Lease
@@ -201,7 +201,7 @@ def _record(job: Job, status: str, started: datetime) -> None:
         "started": started,
         "stopped": None if status == "running" else datetime.now(UTC),
         "config": job.config.model_dump_json(),
-        "code_version": importlib.metadata.version("maxreel"),
+        "code_version": pipelines.__version__,
         "counts": json.dumps(summary["counts"] | {"tokens": summary["tokens"], "failures": len(summary["failures"])}),
         "stages": json.dumps(summary["stages"]),
     }

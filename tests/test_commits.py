@@ -165,7 +165,7 @@ def test_compaction_keeps_every_row(store, lease):
     writer = committer(store, lease, every_rows=1)
     for value in range(70):
         writer.add(receipt(store, batch(value)))
-    compact(store, "numbers")
+    compact(store, "numbers", lease)
     assert values(store) == list(range(70))
     assert len(store.open("numbers").get_fragments()) < 70
 
