@@ -6,6 +6,7 @@ broken by video id, so that the result does not depend on how many shards there 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,15 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
-from cluster.index_store import LoadedSegment, read_codec, read_segment
-from cluster.shards import Shard, read_tokens
+from cluster.index_store import read_codec, read_index
+from cluster.shards import Shard, embeddings_of, read_tokens
 from cluster.store import Store
-from operators.maxsim import score_clips
-from operators.segment import search
+from operators.calibrate import choose
+from operators.maxsim import Scorer, score_clips
+from operators.schema import MODALITIES
+from operators.search import Plan, Result, Searcher
 
 Floats = npt.NDArray[np.float32]
+
+ACTOR_RETRIES = 3
+"""How often a search is sent again to an actor that died of it; one that dies each time must end the job."""
 
 
 class Hit(NamedTuple):
@@ -35,51 +42,143 @@ class Hit(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Filter:
+    """Which clips may be found; candidates are never drawn from others.
+
+    Attributes
+    ----------
+    video_ids
+        Only these videos; all if None.
+    start_seconds, stop_seconds
+        Only clips that overlap this part of their video.
+    """
+
+    video_ids: frozenset[str] | None = None
+    start_seconds: float = 0.0
+    stop_seconds: float = math.inf
+
+    def allowed(self, clips: pa.Table) -> npt.NDArray[np.bool_] | None:
+        """Return which clips may be found, (D,); None if all."""
+        if self == Filter():
+            return None
+        starts, stops = clips["start_seconds"].to_numpy(), clips["stop_seconds"].to_numpy()
+        allowed: npt.NDArray[np.bool_] = (starts < self.stop_seconds) & (stops > self.start_seconds)
+        if self.video_ids is not None:
+            wanted = pa.array(sorted(self.video_ids), pa.string())
+            allowed &= pc.is_in(clips["video_id"], value_set=wanted).to_numpy()
+        return allowed
+
+
+@dataclass(frozen=True)
 class SearchOptions:
-    """How to search: result count, scorer, and the two knobs of the index."""
+    """How to search.
+
+    Attributes
+    ----------
+    k
+        Videos asked for.
+    recall
+        Share of the exact result to find; the index's own curve turns it into a plan.
+    probes, candidates, rescored
+        Each, where given, instead of what the recall asks for; 0 probes score every code.
+    threads
+        Of each holder.
+    """
 
     k: int
-    scorer: str
-    probes: int
-    candidates: int
+    scorer: Scorer
+    recall: float = 0.95
+    probes: int | None = None
+    candidates: int | None = None
+    rescored: int | None = None
+    filter: Filter = Filter()
+    threads: int = 1
+
+    def plan(self, manifest: Mapping[str, Any], num_clips: int) -> tuple[Plan, int]:
+        """Return the plan for a holder of so many clips, and how many of them to rescore on float embeddings."""
+        curve = manifest["curve"]
+        chosen, rescored = choose(curve["points"], self.recall, self.k, num_clips / max(1, curve["num_clips"]))
+        return (
+            Plan(
+                chosen.probes if self.probes is None else self.probes,
+                chosen.candidates if self.candidates is None else self.candidates,
+            ),
+            rescored if self.rescored is None else self.rescored,
+        )
 
 
 class SegmentHolder:
-    """Holds segments of an index in memory and searches them; an actor, or used in place.
+    """Holds segments of an index and searches them; an actor, or used in place.
 
     Parameters
     ----------
     entries
         Of the manifest: the segments to hold.
+    codes_on_disk
+        See `cluster.index_store.read_index`.
     """
 
-    def __init__(self, store: Store, index_id: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        self._codec = read_codec(store, index_id)
-        self._segments = [read_segment(store, index_id, entry) for entry in entries]
+    def __init__(
+        self, store: Store, manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], codes_on_disk: bool
+    ) -> None:
+        codec = read_codec(store, manifest["index_id"], manifest["codec_checksum"])
+        loaded = read_index(store, manifest["index_id"], entries, codec, codes_on_disk)
+        self._store, self._manifest, self._clips = store, manifest, loaded.clips
+        self._searcher = Searcher([loaded.segment], codec, loaded.fetch)
 
     def search(self, queries: Sequence[Floats], options: SearchOptions) -> list[list[Hit]]:
         """Return the best ``k`` videos of each query."""
-        return merge([self._search(held, queries, options) for held in self._segments], len(queries), options.k)
-
-    def _search(self, held: LoadedSegment, queries: Sequence[Floats], options: SearchOptions) -> list[list[Hit]]:
+        plan, rescored = options.plan(self._manifest, self._clips.num_rows)
+        allowed = options.filter.allowed(self._clips)
         # k clips may be fewer than k videos: go deeper until there are k, or no more clips.
         depth = options.k
         while True:
-            found = search(
-                held.segment, self._codec, queries, depth, options.scorer, options.probes, options.candidates
-            )
-            hits = [best_videos(held.clips, ordinals, scores) for ordinals, scores in found]
-            if all(len(h) >= options.k or len(f[0]) < depth for h, f in zip(hits, found, strict=True)):
+            num_clips = max(depth, rescored)
+            found = self._searcher.search(queries, num_clips, plan, options.scorer, allowed, options.threads)
+            exhausted = [len(clips) < num_clips for clips, _ in found]
+            if rescored:
+                found = self._rescore(queries, found, options.scorer)
+            hits = [best_videos(self._clips, clips, scores)[: options.k] for clips, scores in found]
+            if all(len(h) >= options.k or done for h, done in zip(hits, exhausted, strict=True)):
                 return hits
             depth *= 4
 
+    def _rescore(self, queries: Sequence[Floats], found: Sequence[Result], scorer: Scorer) -> list[Result]:
+        """Return results scored again on the float16 embeddings that the index was made from; each clip is read once."""
+        clips = np.unique(np.concatenate([ordinals for ordinals, _ in found]))
+        if not len(clips):
+            return list(found)
+        rows = self._clips["row_ids"].take(pa.array(clips)).combine_chunks()
+        table, version = self._manifest["table"], self._manifest["version"]
+        columns = ["modality", "num_tokens", "embeddings"]
+        read = self._store.take(table, version, rows.flatten().to_pylist(), columns)
+        lengths = read["num_tokens"].to_numpy().astype(np.int64)
+        modality = pc.index_in(read["modality"], value_set=pa.array(MODALITIES)).to_numpy().astype(np.uint8)
+        run_clip = np.repeat(np.arange(len(clips)), pc.list_value_length(rows).to_numpy())
+        first_run = np.searchsorted(run_clip, np.arange(len(clips) + 1))
+        first_token = np.concatenate([[0], np.cumsum(lengths)])[first_run]
+        tokens = embeddings_of(read["embeddings"])
+        results = []
+        for query, (ordinals, _) in zip(queries, found, strict=True):
+            exact = np.full(len(ordinals), -np.inf, dtype=np.float32)
+            for i, at in enumerate(np.searchsorted(clips, ordinals)):
+                runs = slice(first_run[at], first_run[at + 1])
+                of_clip = tokens[first_token[at] : first_token[at + 1]].astype(np.float32)
+                first = np.zeros(runs.stop - runs.start, np.int64)
+                exact[i] = score_clips([query], of_clip, lengths[runs], first, modality[runs], 1, scorer)[0, 0]
+            order = np.lexsort((ordinals, -exact))
+            results.append((ordinals[order], exact[order]))
+        return results
+
 
 def search_exactly(
-    shard: Shard, queries: Sequence[Floats], store: Store, table: str, version: int, k: int, scorer: str
+    shard: Shard, queries: Sequence[Floats], store: Store, table: str, version: int, k: int, scorer: Scorer
 ) -> list[list[Hit]]:
     """Return the best ``k`` videos of a shard for each query, scored on its float16 token embeddings. A Ray task."""
-    tokens = read_tokens(store, table, version, shard.rows["_rowid"])
-    scores = score_clips(queries, tokens, shard.run_lengths, shard.run_clip, shard.clips.num_rows, scorer)
+    tokens = read_tokens(store, table, version, shard.rows["_rowid"]).astype(np.float32)
+    scores = score_clips(
+        queries, tokens, shard.run_lengths, shard.run_clip, shard.run_modality, shard.clips.num_rows, scorer
+    )
     order = [np.lexsort((np.arange(len(of_query)), -of_query)) for of_query in scores]
     hits = [
         best_videos(shard.clips, ranked[np.isfinite(of_query[ranked])], of_query[ranked][np.isfinite(of_query[ranked])])
@@ -114,10 +213,12 @@ def merge(lists: Iterable[Sequence[Sequence[Hit]]], num_queries: int, k: int) ->
 class Fleet:
     """Segments of an index spread over Ray actors by size.
 
+    An actor that dies is started again, loads its segments again, and answers the query that it was asked.
+
     Parameters
     ----------
-    entries
-        All segments of the index.
+    manifest
+        Of the index, all of whose segments are held.
     num_actors
         How many actors hold them; no more than there are segments.
     num_cpus
@@ -125,15 +226,16 @@ class Fleet:
     """
 
     def __init__(
-        self, store: Store, index_id: str, entries: Sequence[Mapping[str, Any]], num_actors: int, num_cpus: float
+        self, store: Store, manifest: Mapping[str, Any], num_actors: int, num_cpus: float, codes_on_disk: bool
     ) -> None:
-        holder = ray.remote(SegmentHolder).options(num_cpus=num_cpus, max_restarts=2, max_task_retries=2)
-        self._actors = [holder.remote(store, index_id, share) for share in spread(entries, num_actors)]
+        holder = ray.remote(SegmentHolder).options(num_cpus=num_cpus, max_restarts=-1, max_task_retries=ACTOR_RETRIES)
+        shares = spread(manifest["segments"], num_actors)
+        self.actors = [holder.remote(store, manifest, share, codes_on_disk) for share in shares]
 
     def search(self, queries: Sequence[Floats], options: SearchOptions) -> list[list[Hit]]:
         """Return the best ``k`` videos of each query."""
         sent = ray.put(list(queries))
-        return merge(ray.get([actor.search.remote(sent, options) for actor in self._actors]), len(queries), options.k)
+        return merge(ray.get([actor.search.remote(sent, options) for actor in self.actors]), len(queries), options.k)
 
 
 def spread(entries: Sequence[Mapping[str, Any]], num_actors: int) -> list[list[Mapping[str, Any]]]:

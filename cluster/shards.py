@@ -44,10 +44,13 @@ class Shard:
 
     @cached_property
     def clips(self) -> pa.Table:
-        """Key and bounds of each clip: video_id, clip, start_seconds, stop_seconds."""
-        return self.rows.filter(pa.array(self._starts_clip)).select(
+        """Key and bounds of each clip, and the rows that hold it: video_id, clip, start_seconds, stop_seconds, row_ids."""
+        keys = self.rows.filter(pa.array(self._starts_clip)).select(
             ["video_id", "clip", "start_seconds", "stop_seconds"]
         )
+        first_rows = pa.array(np.append(np.flatnonzero(self._starts_clip), self.rows.num_rows).astype(np.int64))
+        row_ids = self.rows["_rowid"].combine_chunks().cast(pa.int64())
+        return keys.append_column("row_ids", pa.LargeListArray.from_arrays(first_rows, row_ids))
 
     @cached_property
     def _starts_clip(self) -> npt.NDArray[np.bool_]:
@@ -75,10 +78,14 @@ def plan_shards(store: Store, table: str, version: int, shard_tokens: int) -> li
     return [Shard(rows.slice(a, b - a)) for a, b in zip(bounds, [*bounds[1:], rows.num_rows], strict=True)]
 
 
-def read_tokens(store: Store, table: str, version: int, row_ids: pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """Return the token embeddings of rows, (T, dim), in the order asked for. Runs on the workers."""
-    column = store.take(table, version, row_ids.to_pylist(), ["embeddings"])["embeddings"].combine_chunks()
-    dim = column.type.value_type.list_size
-    flat = column.flatten().flatten().to_numpy(zero_copy_only=False)
-    tokens: npt.NDArray[np.float32] = flat.reshape(-1, dim).astype(np.float32)
+def read_tokens(store: Store, table: str, version: int, row_ids: pa.ChunkedArray) -> npt.NDArray[np.float16]:
+    """Return the token embeddings of rows, (T, dim), float16, in the order asked for. Runs on the workers."""
+    return embeddings_of(store.take(table, version, row_ids.to_pylist(), ["embeddings"])["embeddings"])
+
+
+def embeddings_of(column: pa.ChunkedArray) -> npt.NDArray[np.float16]:
+    """Return the token embeddings of a column of rows after one another, (T, dim), float16."""
+    joined = column.combine_chunks()
+    dim = joined.type.value_type.list_size
+    tokens: npt.NDArray[np.float16] = joined.flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
     return tokens

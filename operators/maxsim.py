@@ -1,9 +1,9 @@
 """MaxSim over packed token embeddings, never padded: padding's zeros would outscore a negative best similarity.
 
 A clip's tokens stand together, one run a modality. `run_maxima` gives, for each query token and each run, the best
-similarity in that run; scorers turn those into one score a clip. An empty run scores -inf, and so does a clip without
-tokens. All similarities of a block are held, no more than `BLOCK_BYTES` whatever the corpus: that costs a second pass over
-them, which a fused kernel would save.
+similarity in that run; a `Scorer` turns those into one score a clip. An empty run scores -inf, and so does a clip
+without tokens. This is the exact path, and what the kernels of the index are tested against. No more similarities are
+held than `BLOCK_BYTES`, whatever the corpus.
 
 References
 ----------
@@ -13,12 +13,14 @@ trains with; it ranks with MaxSim over all modalities, LI).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from operators.errors import ShapeError
+from operators.errors import ConfigError, ShapeError
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -111,48 +113,102 @@ def check_clips(run_lengths: Ints, run_clip: Ints, num_clips: int) -> None:
         raise ShapeError(f"clips of runs must not fall and lie in [0, {num_clips})")
 
 
-def sum_maxsim(maxima: Floats, run_clip: Ints, num_clips: int) -> Floats:
-    """Return the sum over query tokens of the best similarity in the whole clip, (D,). LI; CLaMR at inference.
+@dataclass(frozen=True)
+class Scorer:
+    """How the best similarities in a clip become its score.
+
+    Each modality belongs to one group or to none. For each group, the best similarities of the query tokens in its
+    modalities are added up; the groups' sums are weighted, and then added or the largest is taken. A group that a clip
+    lacks adds nothing; a clip that lacks all scores -inf.
+
+    Attributes
+    ----------
+    group_of
+        Group of each modality; -1 leaves it out.
+    weights
+        Of each group.
+    combine
+        ``sum`` or ``max``.
+    """
+
+    group_of: tuple[int, ...]
+    weights: tuple[float, ...]
+    combine: Literal["sum", "max"] = "sum"
+
+    def score(self, sums: Floats) -> Floats:
+        """Return scores, (...), of sums of groups, (..., G); an absent group is -inf."""
+        weighted = sums * np.asarray(self.weights, dtype=np.float32)
+        if self.combine == "max":
+            largest: Floats = weighted.max(axis=-1)
+            return largest
+        present = np.isfinite(sums)
+        added = np.where(present, weighted, np.float32(0)).sum(axis=-1, dtype=np.float32)
+        return np.where(present.any(axis=-1), added, np.float32(-np.inf))
+
+
+def make_scorer(
+    name: str,
+    modalities: Sequence[str],
+    weights: Mapping[str, float] | None = None,
+    groups: Sequence[Sequence[str]] | None = None,
+    only: Sequence[str] | None = None,
+) -> Scorer:
+    """Return a scorer by name.
+
+    ``sum_maxsim``
+        Sum over query tokens of the best similarity in the whole clip: LI; CLaMR at inference, ColBERT.
+    ``modality_max``
+        The best modality's own sum: LI_mw; CLaMR in training. Never more than ``sum_maxsim``.
+    ``modality_weighted``
+        The sums of all modalities, by ``weights``; 1 where none is given.
+    ``group_sum``
+        The sums of named groups of modalities (Video-ColBERT adds a frame's and a video's sum).
 
     Parameters
     ----------
-    maxima : (Tq, R), float32
-        Of one query, Tq > 0, from `run_maxima`.
-    run_clip : (R,), int64
-        Clip of each run, not falling.
-    num_clips
-        D. A clip without tokens scores -inf.
+    modalities
+        All there are, in the order of their numbers.
+    only
+        Modalities that count; all if None.
+
+    Raises
+    ------
+    ConfigError
+        If a name is unknown, or a modality is in two groups.
     """
-    scores: Floats = _best_run(maxima, run_clip, num_clips).sum(axis=0)
-    return scores
+    chosen = list(modalities if only is None else only)
+    named = [*chosen, *(weights or {}), *(m for group in groups or () for m in group)]
+    if unknown := sorted(set(named) - set(modalities)):
+        raise ConfigError(f"no such modality: {', '.join(unknown)}; allowed are {', '.join(modalities)}")
+    if name == "sum_maxsim":
+        members = [chosen]
+    elif name in ("modality_max", "modality_weighted"):
+        members = [[m] for m in chosen]
+    elif name == "group_sum":
+        members = [[m for m in group if m in chosen] for group in groups or ()]
+        flat = [m for group in members for m in group]
+        if not flat or len(flat) != len(set(flat)):
+            raise ConfigError(f"group_sum takes groups of modalities, each in one group at most; got {groups}")
+    else:
+        raise ConfigError(f"no such scorer: {name}; allowed are {', '.join(SCORERS)}")
+    group_of = {m: number for number, group in enumerate(members) for m in group}
+    factors = [float((weights or {}).get(group[0], 1.0)) if name == "modality_weighted" else 1.0 for group in members]
+    return Scorer(
+        tuple(group_of.get(m, -1) for m in modalities), tuple(factors), "max" if name == "modality_max" else "sum"
+    )
 
 
-def modality_max(maxima: Floats, run_clip: Ints, num_clips: int) -> Floats:
-    """Return the best modality's own sum over query tokens, (D,). LI_mw; CLaMR in training.
-
-    Never more than `sum_maxsim`, which is therefore a safe bound for pruning. An absent modality is -inf before the
-    outer maximum. Parameters as there.
-    """
-    scores: Floats = _best_run(maxima.sum(axis=0, keepdims=True), run_clip, num_clips)[0]
-    return scores
-
-
-def _best_run(values: Floats, run_clip: Ints, num_clips: int) -> Floats:
-    """Return the maximum over each clip's runs, (rows, D); -inf for a clip without runs."""
-    best = np.full((len(values), num_clips), -np.inf, dtype=np.float32)
-    if len(run_clip):
-        starts = np.flatnonzero(np.diff(run_clip, prepend=-1))
-        best[:, run_clip[starts]] = np.maximum.reduceat(values, starts, axis=1)
-    return best
-
-
-Scorer = Callable[[Floats, Ints, int], Floats]
-
-SCORERS: dict[str, Scorer] = {"sum_maxsim": sum_maxsim, "modality_max": modality_max}
+SCORERS = ("sum_maxsim", "modality_max", "modality_weighted", "group_sum")
 
 
 def score_clips(
-    queries: Sequence[Floats], tokens: Floats, run_lengths: Ints, run_clip: Ints, num_clips: int, scorer: str
+    queries: Sequence[Floats],
+    tokens: Floats,
+    run_lengths: Ints,
+    run_clip: Ints,
+    run_modality: npt.NDArray[np.uint8],
+    num_clips: int,
+    scorer: Scorer,
 ) -> Floats:
     """Return the score of every clip for each query, (Q, D), float32.
 
@@ -160,10 +216,12 @@ def score_clips(
     ----------
     queries
         (Tq, dim) each; all go through one multiplication a block. One without tokens scores -inf everywhere.
-    tokens, run_lengths, run_clip, num_clips
-        Packed clips, as for `run_maxima` and the scorers.
-    scorer
-        A name in `SCORERS`.
+    tokens, run_lengths
+        Packed clips, as for `run_maxima`.
+    run_clip, run_modality : (R,)
+        Clip of each run, not falling, and its modality.
+    num_clips
+        D. A clip without tokens scores -inf.
 
     Raises
     ------
@@ -179,14 +237,26 @@ def score_clips(
     query_ends = np.cumsum([len(query) for query in queries])
     run_of_clip = np.searchsorted(run_clip, np.arange(num_clips + 1))
     token_of_run = np.concatenate([[0], np.cumsum(run_lengths)])
+    run_group = np.asarray(scorer.group_of)[run_modality]
     for first, last in blocks(np.diff(run_of_clip), BLOCK_BYTES // (4 * max(1, len(stacked)))):
         runs = slice(run_of_clip[first], run_of_clip[last])
         of_block = tokens[token_of_run[runs.start] : token_of_run[runs.stop]]
         maxima = run_maxima(stacked, of_block, run_lengths[runs])
         for of_query, score in zip(np.split(maxima, query_ends[:-1]), scores, strict=True):
             if len(of_query):
-                score[first:last] = SCORERS[scorer](of_query, run_clip[runs] - first, last - first)
+                score[first:last] = _score(of_query, run_clip[runs] - first, run_group[runs], last - first, scorer)
     return scores
+
+
+def _score(maxima: Floats, run_clip: Ints, run_group: Ints, num_clips: int, scorer: Scorer) -> Floats:
+    """Return the scores of clips, (D,), from the maxima of their runs, (Tq, R)."""
+    sums = np.full((num_clips, len(scorer.weights)), -np.inf, dtype=np.float32)
+    for group in range(len(scorer.weights)):
+        best = np.full((num_clips, len(maxima)), -np.inf, dtype=np.float32)
+        of_group = run_group == group
+        np.maximum.at(best, run_clip[of_group], maxima.T[of_group])
+        sums[:, group] = best.sum(axis=1)
+    return scorer.score(sums)
 
 
 def blocks(sizes: Ints, budget: int) -> Iterator[tuple[int, int]]:

@@ -279,6 +279,10 @@ def search(
     text: Annotated[str, typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="How many videos.")] = 10,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each video was found.")] = False,
+    video: Annotated[list[str] | None, typer.Option("--video", help="Only this video; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="Only videos with this tag; may be repeated.")] = None,
+    start: Annotated[float, typer.Option("--from", help="Only clips that end after this second.")] = 0.0,
+    stop: Annotated[float, typer.Option("--to", help="Only clips that start before this second.")] = float("inf"),
     store: StoreOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
@@ -290,9 +294,9 @@ def search(
     from pipelines import render
 
     def work(loaded: Config) -> Any:
-        from pipelines.search import search
+        from pipelines.search import Wanted, search
 
-        found = search(loaded, text, k, explain)
+        found = search(loaded, text, k, explain, Wanted(tuple(video or ()), tuple(tag or ()), start, stop))
         return {"query": text, "results": [result.to_json() for result in found]}
 
     _run(work, render.results, config, assignments, store, as_json, verbose, quiet)

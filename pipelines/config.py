@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from operators.errors import ConfigError
 from operators.schema import MODALITIES
 
-Scorer = Literal["sum_maxsim", "modality_max"]
+Scorer = Literal["sum_maxsim", "modality_max", "modality_weighted", "group_sum"]
+Modality = Literal["frame", "speech", "screen_text", "metadata"]
 
 
 class _Model(BaseModel):
@@ -155,18 +156,25 @@ class BuildIndexConfig(_Model):
 
     nbits: Literal[1, 2, 4, 8] = 4
     num_centroids: int | None = Field(None, ge=1)
-    sample_tokens: int = Field(2_000_000, ge=100)
+    sample_tokens: int = Field(16_000_000, ge=100)
     segment_tokens: int = Field(4_000_000, ge=1)
+    calibration_tokens: int = Field(2_000_000, ge=1)
     seed: int = 0
 
 
 class SearchConfig(_Model):
-    """How an index is searched."""
+    """How an index is searched: to a recall, or by its knobs where they are given."""
 
+    recall: float = Field(0.95, gt=0, le=1)
+    probes: int | None = Field(None, ge=0)
+    candidates: int | None = Field(None, ge=1)
+    rescored: int | None = Field(None, ge=0)
     scorer: Scorer = "sum_maxsim"
-    probes: int = Field(4, ge=1)
-    candidates: int = Field(512, ge=1)
+    weights: dict[str, float] = {}
+    groups: tuple[tuple[Modality, ...], ...] = ()
+    modalities: tuple[Modality, ...] | None = None
     actors: int | None = Field(None, ge=1)
+    codes_on_disk: bool = False
 
 
 class EvaluateConfig(_Model):

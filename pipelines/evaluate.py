@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import ray
 
-from cluster.searchers import Fleet, Hit, SearchOptions, merge, search_exactly
+from cluster.searchers import Fleet, Hit, merge, search_exactly
 from cluster.session import Pool, check_schedule, cluster_resources, session
 from cluster.shards import plan_shards
 from cluster.store import Store
@@ -30,6 +30,7 @@ from operators.errors import ConfigError
 from pipelines.config import Config
 from pipelines.job import open_store
 from pipelines.release import Release, open_release
+from pipelines.search import scorer_of, search_options
 
 Path_ = Literal["index", "exact"]
 RECALL_DEPTH = 10
@@ -95,9 +96,8 @@ def _search_index(config: Config, store: Store, release: Release, queries: Seque
     actors = min(config.search.actors or max(1, int(resources["CPU"])), len(entries))
     pool = Pool("segments", actors, min(1.0, resources["CPU"] / actors))
     check_schedule([pool], 0, resources)
-    fleet = Fleet(store, release.index_id, entries, pool.num_actors, pool.num_cpus)
-    search, evaluate = config.search, config.evaluate
-    options = SearchOptions(evaluate.depth, search.scorer, search.probes, search.candidates)
+    fleet = Fleet(store, release.manifest, pool.num_actors, pool.num_cpus, config.search.codes_on_disk)
+    options, evaluate = search_options(config.search, config.evaluate.depth), config.evaluate
     return [hits for batch in _batches(queries, evaluate.batch_queries) for hits in fleet.search(batch, options)]
 
 
@@ -105,7 +105,7 @@ def _search_exactly(config: Config, store: Store, release: Release, queries: Seq
     table, version = release.token_table, release.tables[release.token_table]
     shards = [ray.put(shard) for shard in plan_shards(store, table, version, config.evaluate.shard_tokens)]
     task = ray.remote(search_exactly).options(num_cpus=1, max_retries=3)
-    depth, scorer = config.evaluate.depth, config.search.scorer
+    depth, scorer = config.evaluate.depth, scorer_of(config.search)
     found: list[list[Hit]] = []
     for batch in _batches(queries, config.evaluate.batch_queries):
         sent = ray.put(list(batch))

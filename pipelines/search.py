@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from cluster.searchers import Hit, SearchOptions, SegmentHolder
+from cluster.searchers import Filter, Hit, SearchOptions, SegmentHolder
 from cluster.store import MODALITIES, VIDEOS, Store
 from operators import schema
 from operators.encoders import Query
+from operators.maxsim import Scorer, make_scorer
 from operators.segment import explain as explain_clip
-from pipelines.config import Config
+from pipelines.config import Config, SearchConfig
 from pipelines.job import open_store
 from pipelines.release import Release, open_release
 
@@ -49,7 +51,27 @@ class Found:
         return asdict(self)
 
 
-def search(config: Config, text: str, k: int, explain: bool = False) -> list[Found]:
+@dataclass(frozen=True)
+class Wanted:
+    """Which clips may be found: of these videos, with one of these tags, that overlap a part of their video."""
+
+    videos: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    start_seconds: float = 0.0
+    stop_seconds: float = math.inf
+
+
+def scorer_of(config: SearchConfig) -> Scorer:
+    """Return the configured scorer."""
+    return make_scorer(config.scorer, schema.MODALITIES, config.weights, config.groups, config.modalities)
+
+
+def search_options(config: SearchConfig, k: int) -> SearchOptions:
+    """Return the configured options of a search for ``k`` videos."""
+    return SearchOptions(k, scorer_of(config), config.recall, config.probes, config.candidates, config.rescored)
+
+
+def search(config: Config, text: str, k: int, explain: bool = False, wanted: Wanted = Wanted()) -> list[Found]:
     """Return the best ``k`` videos for a text, from the newest release.
 
     The segments are loaded into this process: for many queries use ``evaluate``, which spreads them over actors.
@@ -64,8 +86,9 @@ def search(config: Config, text: str, k: int, explain: bool = False) -> list[Fou
     encoder = release.load_encoder(num_threads=os.cpu_count() or 1)
     query = Query(text=text)
     embedded = encoder.encode_queries([query])
-    holder = SegmentHolder(store, release.index_id, release.manifest["segments"])
-    options = SearchOptions(k, config.search.scorer, config.search.probes, config.search.candidates)
+    manifest = release.manifest
+    holder = SegmentHolder(store, manifest, manifest["segments"], config.search.codes_on_disk)
+    options = replace(search_options(config.search, k), filter=_filter(store, release, wanted))
     [hits] = holder.search(embedded, options)
     videos = _videos(store, release, [hit.video_id for hit in hits])
     tokens = encoder.query_tokens(query) if explain else []
@@ -83,6 +106,16 @@ def search(config: Config, text: str, k: int, explain: bool = False) -> list[Fou
     ]
 
 
+def _filter(store: Store, release: Release, wanted: Wanted) -> Filter:
+    """Return a filter, tags turned into the videos that carry one."""
+    video_ids = frozenset(wanted.videos) if wanted.videos else None
+    if wanted.tags:
+        table = store.open(VIDEOS, release.tables[VIDEOS]).to_table(columns=["video_id", "tags"])
+        tagged = {row["video_id"] for row in table.to_pylist() if set(row["tags"] or ()).intersection(wanted.tags)}
+        video_ids = frozenset(tagged if video_ids is None else tagged & video_ids)
+    return Filter(video_ids, wanted.start_seconds, wanted.stop_seconds)
+
+
 def _videos(store: Store, release: Release, video_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     dataset = store.open(VIDEOS, release.tables[VIDEOS])
     rows = dataset.to_table(columns=["video_id", "title", "uri"], filter=_any_of(video_ids)) if video_ids else None
@@ -96,7 +129,7 @@ def _any_of(video_ids: Sequence[str]) -> str:
 
 
 def _explain(
-    store: Store, release: Release, hit: Hit, query: np.ndarray, query_tokens: Sequence[str], scorer: str
+    store: Store, release: Release, hit: Hit, query: np.ndarray, query_tokens: Sequence[str], scorer: Scorer
 ) -> dict[str, Any]:
     """Return the winners of a hit and each modality's share, from the float16 embeddings behind the index."""
     of_clip = f"{_any_of([hit.video_id])} AND clip = {hit.clip}"

@@ -26,7 +26,7 @@ def test_one_field_of_a_nested_block_is_set_without_touching_the_others():
     [
         ("search.probs=3", "Did you mean probes?"),
         ("serch.probes=3", "Did you mean search?"),
-        ("search.probes=0", "search.probes.*greater than or equal to 1.*got 0"),
+        ("search.candidates=0", "search.candidates.*greater than or equal to 1.*got 0"),
         ("build_index.nbits=3", "build_index.nbits"),
         ("search.probes", "NAME=VALUE"),
     ],
