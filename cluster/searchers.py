@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from cluster.index_store import read_codec, read_index
+from cluster.index_store import LoadedIndex, read_codec, read_index
 from cluster.shards import Shard, embeddings_of, read_tokens
 from cluster.store import Store
 from operators.calibrate import choose
+from operators.codec import ResidualCodec
+from operators.errors import ConfigError
 from operators.maxsim import Scorer, score_clips
 from operators.schema import MODALITIES
 from operators.search import Plan, Result, Searcher
+
+if TYPE_CHECKING:
+    from operators.search_gpu import GpuSearcher
 
 Floats = npt.NDArray[np.float32]
 
@@ -116,15 +121,31 @@ class SegmentHolder:
         Of the manifest: the segments to hold.
     codes_on_disk
         See `cluster.index_store.read_index`.
+    device
+        ``cpu``, or a GPU as torch names it.
+
+    Raises
+    ------
+    ConfigError
+        If codes are to stay on disk while a GPU searches, or there is no such device.
     """
 
     def __init__(
-        self, store: Store, manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], codes_on_disk: bool
+        self,
+        store: Store,
+        manifest: Mapping[str, Any],
+        entries: Sequence[Mapping[str, Any]],
+        codes_on_disk: bool = False,
+        device: str = "cpu",
     ) -> None:
+        if device != "cpu" and codes_on_disk:
+            raise ConfigError(
+                "search.codes_on_disk is for search.device=cpu; a GPU holds all codes. Unset one of them."
+            )
         codec = read_codec(store, manifest["index_id"], manifest["codec_checksum"])
         loaded = read_index(store, manifest["index_id"], entries, codec, codes_on_disk)
         self._store, self._manifest, self._clips = store, manifest, loaded.clips
-        self._searcher = Searcher([loaded.segment], codec, loaded.fetch)
+        self._searcher = _searcher(loaded, codec, device)
 
     def search(self, queries: Sequence[Floats], options: SearchOptions) -> list[list[Hit]]:
         """Return the best ``k`` videos of each query."""
@@ -169,6 +190,14 @@ class SegmentHolder:
             order = np.lexsort((ordinals, -exact))
             results.append((ordinals[order], exact[order]))
         return results
+
+
+def _searcher(loaded: LoadedIndex, codec: ResidualCodec, device: str) -> Searcher | GpuSearcher:
+    if device == "cpu":
+        return Searcher([loaded.segment], codec, loaded.fetch)
+    from operators.search_gpu import GpuSearcher  # brings torch
+
+    return GpuSearcher([loaded.segment], codec, device)
 
 
 def search_exactly(
@@ -221,16 +250,27 @@ class Fleet:
         Of the index, all of whose segments are held.
     num_actors
         How many actors hold them; no more than there are segments.
-    num_cpus
+    num_cpus, num_gpus
         That each actor asks for.
+    codes_on_disk, device
+        See `SegmentHolder`.
     """
 
     def __init__(
-        self, store: Store, manifest: Mapping[str, Any], num_actors: int, num_cpus: float, codes_on_disk: bool
+        self,
+        store: Store,
+        manifest: Mapping[str, Any],
+        num_actors: int,
+        num_cpus: float,
+        codes_on_disk: bool = False,
+        device: str = "cpu",
+        num_gpus: float = 0,
     ) -> None:
-        holder = ray.remote(SegmentHolder).options(num_cpus=num_cpus, max_restarts=-1, max_task_retries=ACTOR_RETRIES)
+        holder = ray.remote(SegmentHolder).options(
+            num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1, max_task_retries=ACTOR_RETRIES
+        )
         shares = spread(manifest["segments"], num_actors)
-        self.actors = [holder.remote(store, manifest, share, codes_on_disk) for share in shares]
+        self.actors = [holder.remote(store, manifest, share, codes_on_disk, device) for share in shares]
 
     def search(self, queries: Sequence[Floats], options: SearchOptions) -> list[list[Hit]]:
         """Return the best ``k`` videos of each query."""

@@ -182,19 +182,24 @@ class ResidualCodec:
         """Scales, (256,); the first is 0."""
         return np.concatenate([[0], np.geomspace(self.scale_low, self.scale_high, 255)]).astype(np.float32)
 
-    def encode(self, tokens: Tokens, num_threads: int = 1) -> Codes:
+    def encode(self, tokens: Tokens, num_threads: int = 1, ids: npt.NDArray[np.int32] | None = None) -> Codes:
         """Return compressed tokens.
 
         Parameters
         ----------
         tokens : (T, dim), float16 or float32
+        ids : (T,), int32
+            Their centroids, where known.
 
         Raises
         ------
         ShapeError
             If the tokens are of another width.
         """
-        ids = assign(tokens, self.centroids, num_threads)
+        if ids is None:
+            ids = assign(tokens, self.centroids, num_threads)
+        elif tokens.shape != (len(ids), self.dim):
+            raise ShapeError(f"tokens of shape {tokens.shape}; the codec wants (T, {self.dim}), and {len(ids)} ids")
         scales = np.empty(len(tokens), dtype=np.float32)
         residuals = np.empty((len(tokens), self.code_bytes), dtype=np.uint8)
 

@@ -52,8 +52,9 @@ class Segment:
         num_clips: int,
         codec: ResidualCodec,
         num_threads: int = 1,
+        ids: npt.NDArray[np.int32] | None = None,
     ) -> Segment:
-        """Return a segment of packed token embeddings, (T, dim), float16 or float32.
+        """Return a segment of packed token embeddings, (T, dim), float16 or float32; ``ids`` as `ResidualCodec.encode`.
 
         Raises
         ------
@@ -71,9 +72,9 @@ class Segment:
         if (token := first_unusable(tokens)) is not None:
             run = int(np.searchsorted(np.cumsum(run_lengths), token, side="right"))
             raise ShapeError(f"token {token}, of clip {run_clip[run]}, is zero or not finite; it has no direction")
-        codes = codec.encode(tokens, num_threads)
-        ids = codes.centroid_ids.astype(id_type(codec.num_centroids))
-        return cls(run_lengths, run_clip, run_modality, ids, codes.scales, codes.residuals, num_clips)
+        codes = codec.encode(tokens, num_threads, ids)
+        narrow = codes.centroid_ids.astype(id_type(codec.num_centroids))
+        return cls(run_lengths, run_clip, run_modality, narrow, codes.scales, codes.residuals, num_clips)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return everything by name, ``num_clips`` as a scalar array."""

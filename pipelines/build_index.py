@@ -99,11 +99,14 @@ def _train(job: Job, shards: list[Shard], table: str, version: int, total: int) 
     wanted = config.num_centroids or num_centroids(total, total)
     drawn = min(config.sample_tokens, MAX_POINTS * wanted / (1 - HELDOUT_SHARE) + MAX_HELDOUT_TOKENS)
     num_actors = max(1, min(int(cluster_resources()["CPU"]), math.ceil(drawn / MIN_ACTOR_TOKENS)))
-    check_schedule([Pool("train codec", num_actors, 1)], 0, cluster_resources())
-    actor = ray.remote(_Trainer).options(num_cpus=1)
+    gpus = _gpus(config.device)
+    if gpus:
+        num_actors = min(num_actors, max(1, int(cluster_resources().get("GPU", 0))))
+    check_schedule([Pool("train codec", num_actors, 1, gpus)], 0, cluster_resources())
+    actor = ray.remote(_Trainer).options(num_cpus=1, num_gpus=gpus)
     seed = config.seed
     trainers = [
-        actor.remote(shards, job.store, table, version, min(1.0, drawn / total), seed, part, num_actors)
+        actor.remote(shards, job.store, table, version, min(1.0, drawn / total), seed, part, num_actors, config.device)
         for part in range(num_actors)
     ]
     heldout = np.concatenate(ray.get([trainer.heldout.remote() for trainer in trainers]))
@@ -124,6 +127,10 @@ def _train(job: Job, shards: list[Shard], table: str, version: int, total: int) 
     return codec
 
 
+def _gpus(device: str) -> float:
+    return 0.0 if device == "cpu" else 1.0
+
+
 def _fit(centroids: np.ndarray, heldout: np.ndarray, nbits: int, seed: int) -> ResidualCodec:
     return ResidualCodec.fit(centroids, heldout, nbits, seed)
 
@@ -141,7 +148,9 @@ class _Trainer:
         seed: int,
         part: int,
         num_parts: int,
+        device: str,
     ) -> None:
+        self._device = device
         sampled: list[np.ndarray] = []
         heldout: list[np.ndarray] = []
         keys = []
@@ -176,7 +185,11 @@ class _Trainer:
         return self._keys[order], self._sampled[order]
 
     def cluster_sums(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return cluster_sums(self._sampled, centroids)
+        if self._device == "cpu":
+            return cluster_sums(self._sampled, centroids)
+        from operators.kmeans_gpu import cluster_sums_on
+
+        return cluster_sums_on(self._sampled, centroids, self._device)
 
 
 def _sum(parts: list[Any]) -> Any:
@@ -192,8 +205,11 @@ def _add(*pairs: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _write_segments(job: Job, shards: list[Shard], table: str, version: int, index_id: str) -> list[dict[str, Any]]:
-    task = ray.remote(_write_segment).options(num_cpus=1, max_retries=3)
-    waiting = [task.remote(shard, f"{i:06d}", job.store, table, version, index_id) for i, shard in enumerate(shards)]
+    device = job.config.build_index.device
+    task = ray.remote(_write_segment).options(num_cpus=1, num_gpus=_gpus(device), max_retries=3)
+    waiting = [
+        task.remote(shard, f"{i:06d}", job.store, table, version, index_id, device) for i, shard in enumerate(shards)
+    ]
     entries = []
     with Progress("build-index", len(shards)) as progress:
         while waiting:
@@ -203,12 +219,18 @@ def _write_segments(job: Job, shards: list[Shard], table: str, version: int, ind
     return sorted(entries, key=lambda entry: str(entry["name"]))
 
 
-def _write_segment(shard: Shard, name: str, store: Store, table: str, version: int, index_id: str) -> dict[str, Any]:
+def _write_segment(
+    shard: Shard, name: str, store: Store, table: str, version: int, index_id: str, device: str
+) -> dict[str, Any]:
     codec = read_codec(store, index_id)
     tokens = read_tokens(store, table, version, shard.rows["_rowid"])
-    lengths, clips = shard.run_lengths, shard.clips
+    lengths, clips, ids = shard.run_lengths, shard.clips, None
+    if device != "cpu":
+        from operators.kmeans_gpu import assign_on
+
+        ids = assign_on(tokens, codec.centroids, device)
     try:
-        segment = Segment.build(tokens, lengths, shard.run_clip, shard.run_modality, clips.num_rows, codec)
+        segment = Segment.build(tokens, lengths, shard.run_clip, shard.run_modality, clips.num_rows, codec, ids=ids)
     except ShapeError as error:
         token = first_unusable(tokens)
         if token is None:

@@ -159,6 +159,7 @@ class BuildIndexConfig(_Model):
     sample_tokens: int = Field(16_000_000, ge=100)
     segment_tokens: int = Field(4_000_000, ge=1)
     calibration_tokens: int = Field(2_000_000, ge=1)
+    device: str = "cpu"
     seed: int = 0
 
 
@@ -175,6 +176,7 @@ class SearchConfig(_Model):
     modalities: tuple[Modality, ...] | None = None
     actors: int | None = Field(None, ge=1)
     codes_on_disk: bool = False
+    device: str = "cpu"
 
 
 class EvaluateConfig(_Model):

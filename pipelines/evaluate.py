@@ -94,9 +94,19 @@ def _search_index(config: Config, store: Store, release: Release, queries: Seque
     resources = cluster_resources()
     entries = release.manifest["segments"]
     actors = min(config.search.actors or max(1, int(resources["CPU"])), len(entries))
-    pool = Pool("segments", actors, min(1.0, resources["CPU"] / actors))
+    search = config.search
+    num_gpus = 0.0 if search.device == "cpu" else min(1.0, resources.get("GPU", 0.0) / actors) or 1.0
+    pool = Pool("segments", actors, min(1.0, resources["CPU"] / actors), num_gpus)
     check_schedule([pool], 0, resources)
-    fleet = Fleet(store, release.manifest, pool.num_actors, pool.num_cpus, config.search.codes_on_disk)
+    fleet = Fleet(
+        store,
+        release.manifest,
+        pool.num_actors,
+        pool.num_cpus,
+        search.codes_on_disk,
+        search.device,
+        pool.num_gpus,
+    )
     options, evaluate = search_options(config.search, config.evaluate.depth), config.evaluate
     return [hits for batch in _batches(queries, evaluate.batch_queries) for hits in fleet.search(batch, options)]
 

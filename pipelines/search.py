@@ -87,7 +87,7 @@ def search(config: Config, text: str, k: int, explain: bool = False, wanted: Wan
     query = Query(text=text)
     embedded = encoder.encode_queries([query])
     manifest = release.manifest
-    holder = SegmentHolder(store, manifest, manifest["segments"], config.search.codes_on_disk)
+    holder = SegmentHolder(store, manifest, manifest["segments"], config.search.codes_on_disk, config.search.device)
     options = replace(search_options(config.search, k), filter=_filter(store, release, wanted))
     [hits] = holder.search(embedded, options)
     videos = _videos(store, release, [hit.video_id for hit in hits])

@@ -29,7 +29,7 @@ def build(corpus, folder, threads, nbits):
     bounds = np.unique(np.searchsorted(starts, np.arange(0, total, SEGMENT_TOKENS)))
     entries = []
     for name, (first, last) in enumerate(zip(bounds, [*bounds[1:], len(starts)], strict=True)):
-        lengths, num_clips = corpus.lengths[first:last], last - first
+        lengths, num_clips = corpus.lengths[first:last], int(last - first)
         tokens = np.asarray(corpus.tokens[starts[first] : starts[first] + lengths.sum()])
         modality, ordinals = np.zeros(num_clips, np.uint8), np.arange(num_clips)
         segment = Segment.build(tokens, lengths, ordinals, modality, num_clips, codec, threads)
@@ -56,7 +56,7 @@ def load(corpus, folder, threads):
     scorer = make_scorer("sum_maxsim", ["text"])
     zero = np.zeros(1, np.int64)
 
-    def search(query, k, probes, candidates, rescored=0):
+    def search(query, k, probes=4, candidates=256, rescored=0):
         found, _ = searcher.search([query], max(k, rescored), Plan(probes, candidates), scorer)[0]
         if rescored:  # on the float16 vectors, as `cluster.searchers` does from Lance; here from a memory map
             exact = []
