@@ -45,16 +45,20 @@ NUM_QUERIES = 300
 def read_beir(corpus: Path, queries: Path, qrels: Path | None) -> tuple[list[str], list[str], dict[int, list[int]]]:
     """Return texts of documents and of judged queries, and relevant documents of each query, by number."""
     rows = [json.loads(line) for line in corpus.open(encoding="utf-8")]
-    number = {row["_id"]: i for i, row in enumerate(rows)}
+    number = {name_of(row): i for i, row in enumerate(rows)}
     relevant: dict[str, list[int]] = defaultdict(list)
     for line in qrels.open(encoding="utf-8") if qrels else ():
         query, _, document, grade = line.split()
         if int(grade) > 0 and document in number:
             relevant[query].append(number[document])
     asked = [json.loads(line) for line in queries.open(encoding="utf-8")]
-    asked = [row for row in asked if row["_id"] in relevant or not qrels]
+    asked = [row for row in asked if name_of(row) in relevant or not qrels]
     texts = [f"{row.get('title', '')} {row['text']}".strip() or "." for row in rows]
-    return texts, [row["text"] for row in asked], {i: relevant[row["_id"]] for i, row in enumerate(asked)}
+    return texts, [row["text"] for row in asked], {i: relevant[name_of(row)] for i, row in enumerate(asked)}
+
+
+def name_of(row: dict) -> str:
+    return row["_id"] if "_id" in row else row["id"]  # BEIR's name, and ours
 
 
 def read_docstrings(tokenizer, max_total: int) -> tuple[list[str], list[str], dict[int, list[int]]]:

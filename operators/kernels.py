@@ -210,6 +210,15 @@ def pack_lanes(tokens, first, last, padded_dim, lanes, steps, sums):
         sums[lane] = total
 
 
+@inlined
+def _larger(products, best, row, winner):
+    """Return the larger of two vectors lane by lane, and the row that it came from."""
+    return (
+        select_greater(products, best, products, best),
+        select_greater(products, best, splat_i32(np.int32(row)), winner),
+    )
+
+
 @kernel
 def assign_lanes(centroids, count, padded_dim, lanes, chunks, start, best, winner):
     """Update, for each lane, its largest product with the rows of ``centroids``, and which row that is.
@@ -242,26 +251,14 @@ def assign_lanes(centroids, count, padded_dim, lanes, chunks, start, best, winne
                     s0,
                     s1,
                 )
-                i = splat_i32(np.int32(c))
-                w0 = select_greater(a0, m0, i, w0)
-                m0 = select_greater(a0, m0, a0, m0)
-                w1 = select_greater(a1, m1, i, w1)
-                m1 = select_greater(a1, m1, a1, m1)
-                i = splat_i32(np.int32(c + 1))
-                w0 = select_greater(b0, m0, i, w0)
-                m0 = select_greater(b0, m0, b0, m0)
-                w1 = select_greater(b1, m1, i, w1)
-                m1 = select_greater(b1, m1, b1, m1)
-                i = splat_i32(np.int32(c + 2))
-                w0 = select_greater(c0, m0, i, w0)
-                m0 = select_greater(c0, m0, c0, m0)
-                w1 = select_greater(c1, m1, i, w1)
-                m1 = select_greater(c1, m1, c1, m1)
-                i = splat_i32(np.int32(c + 3))
-                w0 = select_greater(d0, m0, i, w0)
-                m0 = select_greater(d0, m0, d0, m0)
-                w1 = select_greater(d1, m1, i, w1)
-                m1 = select_greater(d1, m1, d1, m1)
+                m0, w0 = _larger(a0, m0, c, w0)
+                m1, w1 = _larger(a1, m1, c, w1)
+                m0, w0 = _larger(b0, m0, c + 1, w0)
+                m1, w1 = _larger(b1, m1, c + 1, w1)
+                m0, w0 = _larger(c0, m0, c + 2, w0)
+                m1, w1 = _larger(c1, m1, c + 2, w1)
+                m0, w0 = _larger(d0, m0, c + 3, w0)
+                m1, w1 = _larger(d1, m1, c + 3, w1)
             store_i32(best_at + o, m0)
             store_i32(best_at + o + 64, m1)
             store_i32(winner_at + o, w0)
@@ -413,9 +410,15 @@ def score_centroids(clips, num, run_of_clip, token_of_run, run_modality, group_o
             if group < 0:
                 continue
             m = load_u8x32(best_at + group * CHUNK)
-            for t in range(token_of_run[run], token_of_run[run + 1]):
-                m = max_u8x32(load_u8x32(coarse_at + np.intp(ids[t]) * 32), m)
-            store_u8x32(best_at + group * CHUNK, m)
+            n = m
+            first = token_of_run[run]
+            last = token_of_run[run + 1]
+            for t in range(first, last - 1, 2):
+                m = max_u8x32(load_u8x32(coarse_at + np.intp(ids[t]) * CHUNK), m)
+                n = max_u8x32(load_u8x32(coarse_at + np.intp(ids[t + 1]) * CHUNK), n)
+            if (last - first) & 1:
+                m = max_u8x32(load_u8x32(coarse_at + np.intp(ids[last - 1]) * CHUNK), m)
+            store_u8x32(best_at + group * CHUNK, max_u8x32(m, n))
         for group in range(groups):
             total = np.int32(0)
             for lane in range(CHUNK):
