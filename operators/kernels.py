@@ -373,12 +373,13 @@ def table_range(table, count, factors):
 
 
 @kernel
-def gather(cells, offsets, lists, allowed, marks, epoch, found, count):
-    """Append to ``found`` the clips that hold one of the cells, each once, and return how many there are.
+def gather(cells, offsets, lists, allowed, marks, epoch, found):
+    """Write to ``found`` the clips that hold one of the cells, each once, and return how many there are.
 
     ``allowed`` (D,) uint8 or empty: clips that may be found.
     """
     filtered = len(allowed) > 0
+    count = 0
     for lane in range(cells.shape[0]):
         for p in range(cells.shape[1]):
             cell = cells[lane, p]

@@ -200,9 +200,8 @@ class Searcher:
         self, query: Floats, k: int, plan: Plan, scorer: Scorer, allowed: npt.NDArray[np.bool_] | None
     ) -> Result:
         lanes = _Lanes([query], self.codec, self._largest_norm)
-        scratch = self._scratch
-        table = scratch.array("table", (lanes.chunks, self._num_rows, CHUNK), np.int16)
-        found = self._probe(lanes, table, plan.probes, allowed)
+        table, cells = self._table(lanes, plan.probes)
+        found = self._gather(cells, allowed)
         limit = max(plan.candidates, 2 * k)
         if len(found) > limit:
             approximate = self._score_by_centroids(lanes, table, found, scorer)
@@ -212,54 +211,43 @@ class Searcher:
     def candidates(self, query: Floats, probes: int, scorer: Scorer) -> tuple[Ints, int]:
         """Return the clips that probing finds, best first by their centroids, and how many tokens they have."""
         lanes = _Lanes([query], self.codec, self._largest_norm)
-        table = self._scratch.array("table", (lanes.chunks, self._num_rows, CHUNK), np.int16)
-        found = self._probe(lanes, table, probes, None)
+        table, cells = self._table(lanes, probes)
+        found = self._gather(cells, None)
         met = int((self.segment.token_of_clip[found + 1] - self.segment.token_of_clip[found]).sum())
         return found[np.argsort(-self._score_by_centroids(lanes, table, found, scorer), kind="stable")], met
 
-    def _probe(
-        self, lanes: _Lanes, table: npt.NDArray[np.int16], probes: int, allowed: npt.NDArray[np.bool_] | None
-    ) -> Ints:
-        """Fill the table, and return the clips that hold one of the best centroids of a query token."""
-        scratch = self._scratch
-        scratch.epoch += 1
+    def _table(self, lanes: _Lanes, probes: int) -> tuple[npt.NDArray[np.int16], Ints]:
+        """Return similarities of centroids and lanes, (chunks, C, 32), and the best centroids of each lane; -1 for none."""
+        scratch, dim = self._scratch, self.codec.padded_dim
         probes = min(probes, self._num_rows)
-        cells = scratch.array("cells", (CHUNK, probes), np.int64)
+        table = scratch.array("table", (lanes.chunks, self._num_rows, CHUNK), np.int16)
+        cells = scratch.array("cells", (lanes.chunks, CHUNK, probes), np.int64)
         values = scratch.array("values", (CHUNK, probes), np.int32)
         floors = scratch.array("floors", (CHUNK,), np.int32)
-        mask = np.empty(0, np.bool_) if allowed is None else allowed
-        count = 0
         for chunk in range(lanes.chunks):
-            self._fill(lanes, chunk, table, cells, values, floors)
-            count = kernels.gather(
-                cells, self._offsets, self._lists, mask, scratch.marks, scratch.epoch, scratch.found, count
+            kernels.centroid_table(
+                self._rows,
+                self._num_rows,
+                dim,
+                lanes.bytes[chunk * CHUNK * dim :],
+                lanes.centroid_start[chunk * CHUNK : (chunk + 1) * CHUNK],
+                min(CHUNK, lanes.used - chunk * CHUNK),
+                np.float32(self.codec.centroids.step * lanes.units),
+                table[chunk],
+                probes,
+                cells[chunk],
+                values,
+                floors,
             )
-        return np.sort(scratch.found[:count])
+        return table, cells.reshape(-1, probes)
 
-    def _fill(
-        self,
-        lanes: _Lanes,
-        chunk: int,
-        table: npt.NDArray[np.int16],
-        cells: Ints,
-        values: npt.NDArray[np.int32],
-        floors: npt.NDArray[np.int32],
-    ) -> None:
-        dim = self.codec.padded_dim
-        kernels.centroid_table(
-            self._rows,
-            self._num_rows,
-            dim,
-            lanes.bytes[chunk * CHUNK * dim :],
-            lanes.centroid_start[chunk * CHUNK : (chunk + 1) * CHUNK],
-            min(CHUNK, lanes.used - chunk * CHUNK),
-            np.float32(self.codec.centroids.step * lanes.units),
-            table[chunk],
-            cells.shape[1],
-            cells,
-            values,
-            floors,
-        )
+    def _gather(self, cells: Ints, allowed: npt.NDArray[np.bool_] | None) -> Ints:
+        """Return the allowed clips that hold one of the centroids, rising."""
+        scratch = self._scratch
+        scratch.epoch += 1
+        mask = np.empty(0, np.bool_) if allowed is None else allowed
+        count = kernels.gather(cells, self._offsets, self._lists, mask, scratch.marks, scratch.epoch, scratch.found)
+        return np.sort(scratch.found[:count])
 
     def _score_by_centroids(self, lanes: _Lanes, table: npt.NDArray[np.int16], clips: Ints, scorer: Scorer) -> Floats:
         """Return the scores of clips with each token replaced by its centroid, on a table of bytes."""
@@ -363,8 +351,7 @@ class Searcher:
                 if not batch:
                     continue
                 lanes = _Lanes([queries[i] for i in batch], self.codec, self._largest_norm)
-                table = self._scratch.array("table", (lanes.chunks, self._num_rows, CHUNK), np.int16)
-                self._probe(lanes, table, 1, np.zeros(self.segment.num_clips, np.bool_))
+                table, _ = self._table(lanes, 1)
                 scores = self._score_by_codes(lanes, table, clips, scorer, len(batch))
                 for column, i in enumerate(batch):
                     results[i] = _top(clips, scores[:, column], k)
