@@ -2,8 +2,8 @@
 
 LLVM splits 512-bit vectors where the machine has narrower ones, so there is one set of kernels; only two operations are
 lowered by hand: `dot4`, four products of bytes added into each 32-bit lane, and `lookup16`, a table of 16 bytes. Each is
-one instruction on AVX-512 VNNI, two to five on AVX2, and plain arithmetic elsewhere. All are exact in integers, so that
-every machine computes the same scores.
+one instruction on AVX-512 VNNI and on NEON with i8mm, some on AVX2, and plain arithmetic elsewhere. All are exact in
+integers, so that every machine computes the same scores.
 
 ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` choose another machine's path, which is how the tests run all of them here.
 """
@@ -37,11 +37,13 @@ def _instruction_set() -> str:
     features = _features()
     if {"avx512f", "avx512bw", "avx512vnni"} <= features:
         return "avx512vnni"
-    return "avx2" if "avx2" in features else "generic"
+    if "avx2" in features:
+        return "avx2"
+    return "neon" if {"neon", "i8mm"} <= features else "generic"
 
 
 INSTRUCTION_SET = _instruction_set()
-"""Which lowering is in use: avx512vnni, avx2 or generic."""
+"""Which lowering is in use: avx512vnni, avx2, neon or generic."""
 
 
 class Vector(types.Type):  # type: ignore[misc]
@@ -276,12 +278,24 @@ def _dot4_avx2(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     return _joined(builder, parts)
 
 
+def _dot4_neon(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    quarter, sixteen = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
+    parts = []
+    for t, u, s in zip(*(_parts(builder, v, 4) for v in (total, unsigned, signed)), strict=True):
+        operands = [t, builder.bitcast(u, sixteen), builder.bitcast(s, sixteen)]
+        parts.append(_call(builder, "llvm.aarch64.neon.usdot.v4i32.v16i8", quarter, operands))
+    return _joined(builder, parts)
+
+
 def _dot4_generic(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     for byte in range(4):
         u = _bytes_as(builder, unsigned, I32, byte, False, 32)
         s = _bytes_as(builder, signed, I32, byte, True, 32)
         total = builder.add(total, builder.mul(u, s))
     return total
+
+
+LOWERINGS = {"avx2": _dot4_avx2, "neon": _dot4_neon, "generic": _dot4_generic}
 
 
 @intrinsic
@@ -309,7 +323,7 @@ def dot4_half(typing: Any, total: Any, unsigned: Any, signed: Any) -> Any:
         if INSTRUCTION_SET == "avx512vnni":
             operands[1:] = [builder.bitcast(a, u8x32.ir) for a in operands[1:]]
             return _call(builder, "llvm.x86.avx512.vpdpbusd.256", i32x8.ir, operands)
-        return (_dot4_avx2 if INSTRUCTION_SET == "avx2" else _dot4_generic)(builder, *operands)
+        return LOWERINGS[INSTRUCTION_SET](builder, *operands)
 
     return i32x8(i32x8, i32x8, i32x8), generate
 
@@ -322,10 +336,12 @@ def dot4(typing: Any, total: Any, unsigned: Any, signed: Any) -> Any:
         if INSTRUCTION_SET == "avx512vnni":
             operands = [args[0], *(builder.bitcast(a, u8x64.ir) for a in args[1:])]
             return _call(builder, "llvm.x86.avx512.vpdpbusd.512", i32x16.ir, operands)
-        lower = _dot4_avx2 if INSTRUCTION_SET == "avx2" else _dot4_generic
-        return lower(builder, *args)
+        return LOWERINGS[INSTRUCTION_SET](builder, *args)
 
     return i32x16(i32x16, i32x16, i32x16), generate
+
+
+WIDTH_OF_LOOKUP = {"avx2": ("llvm.x86.avx2.pshuf.b", 32), "neon": ("llvm.aarch64.neon.tbl1.v16i8", 16)}
 
 
 @intrinsic
@@ -335,10 +351,11 @@ def lookup16(typing: Any, table: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if INSTRUCTION_SET == "avx512vnni":
             return _call(builder, "llvm.x86.avx512.pshuf.b.512", u8x64.ir, list(args))
-        if INSTRUCTION_SET == "avx2":
-            pairs = zip(*(_parts(builder, a, 32) for a in args), strict=True)
-            half = ir.VectorType(I8, 32)
-            return _joined(builder, [_call(builder, "llvm.x86.avx2.pshuf.b", half, [t, i]) for t, i in pairs])
+        if INSTRUCTION_SET in WIDTH_OF_LOOKUP:
+            name, width = WIDTH_OF_LOOKUP[INSTRUCTION_SET]
+            pairs = zip(*(_parts(builder, a, width) for a in args), strict=True)
+            part = ir.VectorType(I8, width)
+            return _joined(builder, [_call(builder, name, part, [t, i]) for t, i in pairs])
         result = ir.Constant(u8x64.ir, ir.Undefined)
         for lane in range(64):
             at = ir.Constant(I32, lane)

@@ -14,6 +14,7 @@ from operators.maxsim import make_scorer, score_clips
 from operators.schema import MODALITIES
 from operators.search import BATCH_LANES, EXHAUSTIVE, Plan, Searcher
 from operators.segment import Segment
+from operators.simd import INSTRUCTION_SET
 
 SUM = make_scorer("sum_maxsim", MODALITIES)
 SCORERS = {
@@ -308,6 +309,7 @@ import sys
 sys.path.insert(0, "tests")
 import numpy as np
 from operators.simd import INSTRUCTION_SET
+from operators import kernels
 from test_search import SUM, EXHAUSTIVE, EVERYTHING, Searcher, built, queries
 assert INSTRUCTION_SET == sys.argv[1], INSTRUCTION_SET
 arrays = {}
@@ -318,19 +320,29 @@ for nbits in (2, 4):
         for i, (ordinals, scores) in enumerate(Searcher([segment], codec).search(queries(), 50, plan, SUM)):
             arrays[f"{nbits} {plan.probes} {i}"] = np.array([ordinals, scores])
 np.savez(sys.argv[2], **arrays)
+assembly = "".join(kernels.score_residuals.inspect_asm().values())
+assert sys.argv[3] in assembly, "the kernel does not use the vector instructions"
 """
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")
 @pytest.mark.parametrize(
-    ("instructions", "processor", "features"), [("avx2", "haswell", "+avx2,+fma,+f16c"), ("generic", "x86-64", "")]
+    ("instructions", "processor", "features", "instruction"),
+    [
+        ("avx512vnni", "host", None, "vpdpbusd"),
+        ("avx2", "haswell", "+avx2,+fma,+f16c", "vpmaddwd"),
+        ("generic", "x86-64", "", "pmaddwd"),
+    ],
 )
-def test_other_processors_compute_the_same(instructions, processor, features, tmp_path):
+def test_every_instruction_set_computes_the_same(instructions, processor, features, instruction, tmp_path):
     """Numba compiles for a named processor; what it makes for an older x86 also runs here."""
-    chosen = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    environment = os.environ | chosen
+    if processor == "host" and instructions != INSTRUCTION_SET:
+        pytest.skip(f"this processor has {INSTRUCTION_SET}")
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    if features is not None:
+        environment |= {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features}
     out = tmp_path / "found.npz"
-    command = [sys.executable, "-c", PROGRAM, instructions, str(out)]
+    command = [sys.executable, "-c", PROGRAM, instructions, str(out), instruction]
     subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, check=True)
     theirs = np.load(out)
     for nbits in (2, 4):
