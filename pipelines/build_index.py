@@ -22,7 +22,7 @@ from cluster.session import Pool, check_schedule, cluster_resources
 from cluster.shards import Shard, plan_shards, read_tokens
 from cluster.store import MODALITIES, RELEASES, VIDEOS, Store, token_table
 from operators import schema
-from operators.calibrate import calibrate
+from operators.calibrate import calibrate, choose
 from operators.codec import ResidualCodec
 from operators.errors import ShapeError, StorageError
 from operators.kmeans import ITERATIONS, MAX_POINTS, check_count, cluster_sums, next_centroids, num_centroids
@@ -86,7 +86,15 @@ def build_index(job: Job, dry_run: bool = False) -> dict[str, Any]:
     write_manifest(store, index_id, manifest)
     size = num_bytes(store, index_id)
     release_id = _release(job, index_id, table, version)
-    job.summary.counts.update(index_bytes=size, centroids=codec.num_centroids, release=release_id)
+    plan, rescored = choose(curve["points"], job.config.search.recall, 10)
+    job.summary.counts.update(
+        index_bytes=size,
+        centroids=codec.num_centroids,
+        release=release_id,
+        probes=plan.probes,
+        candidates=plan.candidates,
+        rescored=rescored,
+    )
     return manifest | {"release_id": release_id, "bytes_per_token": size / total}
 
 

@@ -93,6 +93,13 @@ def index(result: Json) -> None:
         console.print(
             f"index     {size(counts['index_bytes'])} on disk, {per_token:.1f} bytes a token, everything counted"
         )
+        plan = (
+            f"{counts['probes']} probes, {counts['candidates']} candidates"
+            if counts["probes"]
+            else "scoring every code"
+        )
+        plan += f", {counts['rescored']} rescored" if counts["rescored"] else ""
+        console.print(f"search    the first 10 to search.recall by {plan}")
         console.print(f"release   {counts['release']} published")
     console.print("seconds   " + " · ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
     _print_next(console, result)

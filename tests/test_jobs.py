@@ -11,7 +11,7 @@ import pytest
 from cluster.index_store import read_codec
 from cluster.searchers import Fleet, SearchOptions, SegmentHolder
 from cluster.store import FAILURES, MODALITIES, RUNS, STORAGE_VERSION, VIDEOS, Store, token_table
-from operators.errors import ModelError, ScheduleError, StorageError, TooManyFailuresError
+from operators.errors import ConfigError, ModelError, ScheduleError, StorageError, TooManyFailuresError
 from operators.maxsim import make_scorer
 from operators.schema import MODALITIES as MODALITY_NAMES
 from pipelines import build_index as build_index_module
@@ -336,6 +336,12 @@ def test_segments_on_one_holder_or_several_in_memory_or_on_disk_give_the_same_hi
     alone = SegmentHolder(indexed.store, manifest, manifest["segments"], False).search(queries, options)
     assert SegmentHolder(indexed.store, manifest, manifest["segments"], True).search(queries, options) == alone
     assert Fleet(indexed.store, manifest, 2, 0.5, False).search(queries, options) == alone
+
+
+def test_codes_on_disk_and_a_gpu_exclude_each_other(indexed):
+    manifest = open_release(indexed.store).manifest
+    with pytest.raises(ConfigError, match="a GPU holds all codes"):
+        SegmentHolder(indexed.store, manifest, manifest["segments"], True, "cuda")
 
 
 def test_an_actor_that_is_killed_is_replaced_and_the_query_answered(indexed, cluster):
