@@ -74,6 +74,8 @@ class _Lanes:
         tokens = np.ascontiguousarray(np.concatenate(queries), dtype=np.float32)
         if tokens.shape[1] != codec.dim:
             raise ShapeError(f"query tokens of width {tokens.shape[1]}; the index has {codec.dim}")
+        if not np.isfinite(tokens).all():
+            raise ShapeError("a query token is not finite; it has no similarities")
         dim = codec.padded_dim
         self.used = len(tokens)
         self.chunks = -(-self.used // CHUNK)

@@ -6,6 +6,7 @@ one instruction on AVX-512 VNNI and on NEON with i8mm, some on AVX2, and plain a
 integers, so that every machine computes the same scores.
 
 ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` choose another machine's path, which is how the tests run all of them here.
+Numba's cache looks at the file of a kernel only: after a change to this one, touch ``kernels.py``.
 """
 
 from __future__ import annotations

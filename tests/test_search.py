@@ -288,8 +288,10 @@ def test_inverted_lists_hold_exactly_the_clips_of_each_centroid():
         assert held.tolist() == sorted(set(clip_of_token[segment.centroid_ids == centroid].tolist()))
 
 
-def test_a_query_of_another_width_is_refused():
+def test_a_query_of_another_width_or_without_numbers_is_refused():
     segment, codec = built()
+    with pytest.raises(ShapeError, match="not finite"):
+        Searcher([segment], codec).search([queries()[0] * np.nan], 5, EXHAUSTIVE, SUM)
     with pytest.raises(ShapeError, match="width 8; the index has 32"):
         Searcher([segment], codec).search(queries(dim=8), 5, EXHAUSTIVE, SUM)
 
