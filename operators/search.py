@@ -17,7 +17,7 @@ PLAID, arXiv:2205.09707, sec. 4.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from operators.codec import ResidualCodec
 from operators.errors import ShapeError
 from operators.kernels import CHUNK, aligned
 from operators.kmeans import in_threads
-from operators.maxsim import Scorer
+from operators.maxsim import Scorer, blocks
 from operators.segment import Segment
 
 Floats = npt.NDArray[np.float32]
@@ -41,6 +41,9 @@ BATCH_LANES = 8 * CHUNK
 
 ROW_NS, COARSE_NS, FINE_NS = 17.8, 1.0, 20.0
 """Measured for 32 query tokens of 128 dimensions on one core: a centroid, a token by its centroid, a token by its code."""
+
+SCAN_BYTES = 64 << 20
+"""Of scores, and of codes read from disk, that a thread holds while it scores every code."""
 
 TAIL = 64
 """Bytes that kernels may read past the last code."""
@@ -354,12 +357,34 @@ class Searcher:
                     continue
                 lanes = _Lanes([queries[i] for i in batch], self.codec, self._largest_norm)
                 table, _ = self._table(lanes, 1)
-                scores = self._score_by_codes(lanes, table, clips, scorer, len(batch))
-                for column, i in enumerate(batch):
-                    results[i] = _top(clips, scores[:, column], k)
+                best: list[list[Result]] = [[] for _ in batch]
+                for a, b in self._scan_blocks(clips, len(batch) * len(scorer.weights)):
+                    scores = self._score_by_codes(lanes, table, clips[a:b], scorer, len(batch))
+                    for column, tops in enumerate(best):
+                        tops.append(_top(clips[a:b], scores[:, column], k))
+                for i, tops in zip(batch, best, strict=True):
+                    results[i] = _merged(tops, k)
 
         in_threads(len(batches), 1, num_threads, work)
         return results
+
+    def _scan_blocks(self, clips: Ints, scores_of_clip: int) -> Iterator[tuple[int, int]]:
+        """Yield ranges of clips whose scores, and codes where they must be read, stay within `SCAN_BYTES`."""
+        sizes = np.full(len(clips), 4 * scores_of_clip, dtype=np.int64)
+        if self._fetch is not None:
+            first = self.segment.token_of_clip
+            sizes += (first[clips + 1] - first[clips]) * self.codec.code_bytes
+        return blocks(sizes, SCAN_BYTES)
+
+
+def _merged(tops: Sequence[Result], k: int) -> Result:
+    """Return the ``k`` best of several results, of equals the lower ordinal first."""
+    if len(tops) == 1:
+        return tops[0]
+    ordinals = np.concatenate([np.empty(0, np.int64), *(ordinals for ordinals, _ in tops)])
+    scores = np.concatenate([np.empty(0, np.float32), *(scores for _, scores in tops)])
+    order = np.lexsort((ordinals, -scores))[:k]
+    return ordinals[order], scores[order]
 
 
 def _largest(scores: Floats, count: int) -> Ints:

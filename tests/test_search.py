@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from operators import kernels
+from operators import search as search_module
 from operators.codec import ResidualCodec
 from operators.errors import ShapeError
 from operators.maxsim import make_scorer, score_clips
@@ -277,6 +278,16 @@ def test_codes_may_stay_where_they_are():
         ):
             np.testing.assert_array_equal(one[0], two[0])
             np.testing.assert_array_equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("num_bytes", [1, 700])
+def test_the_memory_of_a_scan_does_not_change_what_is_found(num_bytes, monkeypatch):
+    segment, codec = built()
+    whole = Searcher([segment], codec).search(queries(), 7, EXHAUSTIVE, SUM)
+    monkeypatch.setattr(search_module, "SCAN_BYTES", num_bytes)
+    for one, two in zip(whole, Searcher([segment], codec).search(queries(), 7, EXHAUSTIVE, SUM), strict=True):
+        np.testing.assert_array_equal(one[0], two[0])
+        np.testing.assert_array_equal(one[1], two[1])
 
 
 def test_inverted_lists_hold_exactly_the_clips_of_each_centroid():
