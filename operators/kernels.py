@@ -67,7 +67,11 @@ def aligned(size: int, dtype: type) -> npt.NDArray[Any]:
 
 def kernel(function: Any) -> Any:
     """Compile a kernel: without the interpreter lock, and cached on disk so that a worker starts warm."""
-    return njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to write: neither beside this file nor at home; NUMBA_CACHE_DIR names another place
+        return njit(**options)(function)
 
 
 def inlined(function: Any) -> Any:
