@@ -4,7 +4,7 @@
 rows of the token embedding table, residual codes) and ``segments/<n>/tokens.lance`` (centroid ids, in as many bits as
 they need, and scales). ``manifest.json`` is written last: an index without it was never finished and no release names it.
 
-There are no inverted lists: they are made from the centroid ids while loading, at 20 ns a token. At 128 dimensions and
+There are no inverted lists: they are made from the centroid ids while loading, at 10 ns a token. At 128 dimensions and
 16,384 centroids a token takes 64 + 1.75 + 1 bytes at 4 bits, and 32 + 2.75 at 2; codec, keys and runs come to it.
 """
 

@@ -6,20 +6,21 @@ multiplied so that its projection on the residual is as long as the residual, as
 squares) for 1, 2 and 4 bits, and evenly spaced for 8.
 
 Against ColBERTv2's quantile buckets and normalised sum, with bucket means, at the same bytes: mean cosine to the original,
-and shares of the exact top 10 and 100 found by scoring every code, on CACM (212,008 tokens, 4,096 centroids):
+and shares of the exact top 10 and 100 found by scoring every code, on CACM (212,008 tokens, 4,096 centroids, 64 queries),
+both computed in float from one set of centroids; `benchmarks/quality.py` measures the codec itself:
 
-====  ===========================  ===========================  ===========================
-bits  quantiles, 128 dimensions    this codec, 128 dimensions   384: quantiles; this codec
-====  ===========================  ===========================  ===========================
-1     0.917; 0.812, 0.848          0.906; 0.827, 0.872          0.825, 0.872; 0.906, 0.935
-2     0.963; 0.892, 0.916          0.975; 0.913, 0.940          0.905, 0.932; 0.959, 0.966
-4     0.993; 0.955, 0.969          0.998; 0.966, 0.983          0.967, 0.979; 0.986, 0.990
-====  ===========================  ===========================  ===========================
+====  =====================  =====================  ============================
+bits  128 d: quantiles       128 d: this scheme     384 d: quantiles; this
+====  =====================  =====================  ============================
+1     0.917; 0.812, 0.848    0.906; 0.827, 0.872    0.825, 0.872; 0.906, 0.935
+2     0.963; 0.892, 0.916    0.975; 0.913, 0.940    0.905, 0.932; 0.959, 0.966
+4     0.993; 0.955, 0.969    0.998; 0.966, 0.983    0.967, 0.979; 0.986, 0.990
+====  =====================  =====================  ============================
 
-Tried and left: a least-squares scale (better cosine, 0.941 at 2 bits and 384 dimensions where this finds 0.959), a
-second byte that normalises the sum (within 0.005 either way), a scale for each dimension (the same), and rotation to the
-residuals' principal axes with 0 to 4 bits by variance (0.861 at 1 bit and 128 dimensions, nothing above; not worth its
-decoder).
+Tried and left: a least-squares scale (better cosine, but 0.941 of the first 10 at 2 bits and 384 dimensions where this
+finds 0.959), a second byte that normalises the sum (within 0.01), a scale for each dimension (the same at 128), and the
+residuals' principal axes with 0 to 4 bits by variance: 0.861 and 0.933 of the first 10 at 1 and 2 bits and 128
+dimensions, but no better at 384 (0.903, 0.958), which is not worth a decoder of mixed widths.
 
 References
 ----------

@@ -1,8 +1,8 @@
 """Centroids: how many, where, and which is nearest.
 
 Spherical k-means whose assignment runs on bytes (`operators.kernels`): tokens and centroids are rounded to 8 bits for the
-comparison only. On a million tokens of 128 dimensions and 8,192 centroids about 97 % get the centroid that float32
-would give, the others one nearly as near, and the residual holds the difference.
+comparison only. Of 1,024 random tokens of 128 dimensions, 97 % got the one of 16,384 random centroids that float32 gives,
+the others one nearly as near, and the residual holds the difference.
 
 One iteration is `cluster_sums` on any part of the sample, and `next_centroids` on their total: a sample that exceeds one
 worker's memory is clustered by several (`pipelines.build_index`), with the same result but for the order of additions.
@@ -37,7 +37,8 @@ centroids fit the tokens they saw ever better but not those of other documents: 
 0.914; at 56, 0.945 against 0.918."""
 
 MAX_POINTS = 32
-"""Tokens a centroid that k-means looks at; more cost time and gain little."""
+"""Tokens a centroid that k-means looks at. On 1.86 million tokens 64 of them and 8 iterations took 87 s where 32 and 6 took
+34, and found 0.967 of the exact first 10 where those found 0.963 (4 bits, every code scored)."""
 
 ITERATIONS = 6
 BLOCK_TOKENS = 16 * kernels.CHUNK

@@ -22,7 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Compressed clips. Inverted lists are not kept: they are made from the centroid ids in less time than read.
+    """Compressed clips. Inverted lists are not kept: a searcher makes them from the centroid ids.
 
     Attributes
     ----------
