@@ -36,7 +36,7 @@ def make_video(
     leaves out the duration.
     """
     with av.open(str(path), "w", options={"live": "1"} if live else {}) as output:
-        video = _add_video(output, codec, size, rotation, keyframe_every, fps) if levels else None
+        video = _add_video(output, codec, size, rotation, keyframe_every, fps, len(levels)) if levels else None
         sound = output.add_stream("aac", rate=16_000, layout="mono") if tone_seconds else None
         cover = _add_cover(output) if cover_art else None
         if cover is not None:
@@ -59,8 +59,13 @@ def tone(seconds: float, hz: float = 440.0) -> np.ndarray:
     return (np.sin(2 * np.pi * hz * np.arange(round(seconds * 16_000)) / 16_000) * 16_384).astype(np.int16)
 
 
-def _add_video(output: Any, codec: str, size: tuple[int, int], rotation: int, keyframe_every: int, fps: float) -> Any:
-    options = {"crf": "10", "x265-params": "log-level=none"} if codec == "libx265" else {}
+def _add_video(
+    output: Any, codec: str, size: tuple[int, int], rotation: int, keyframe_every: int, fps: float, num_frames: int
+) -> Any:
+    options = {}
+    if codec == "libx265":
+        # Of one single frame that may be reordered x265 now and then makes a packet without a time (1 in 10 here).
+        options = {"crf": "10", "x265-params": "log-level=none" + (":bframes=0" if num_frames == 1 else "")}
     stream = output.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=options)
     stream.width, stream.height = size
     stream.pix_fmt = "yuv420p"
