@@ -57,7 +57,7 @@ def run_loop(config: Config, store: Store) -> float:
 def no_quarantine():
     from cluster.freshness import Quarantine
 
-    return Quarantine({}, max_attempts=1)
+    return Quarantine({}, max_attempts=1, wait_seconds=0)
 
 
 def shortest(store: Store) -> str:

@@ -34,7 +34,14 @@ log = logging.getLogger("maxreel")
 
 COMMIT_ATTEMPTS = 4
 COMPACT_FRAGMENTS = 64
-"""A table with more fragments than this is compacted when a job ends."""
+"""A table with more small fragments than this is compacted when a job ends."""
+
+COMPACT_ROWS = 16_384
+"""A fragment of so many rows is not small: it is left alone until a tenth of it is deleted. So a night's compaction
+costs what the nights since the last one wrote, not what the table holds."""
+
+COMPACT_BATCH_ROWS = 256
+"""Held in memory while compacting: a row may hold half a megabyte of frames."""
 
 
 @dataclass
@@ -244,9 +251,9 @@ def was_committed(dataset: lance.LanceDataset, commit_id: str, recent: int = 20)
 def compact(store: Store, table: str, lease: Lease) -> None:
     """Merge small fragments, so that a table written by many small commits still scans fast."""
     dataset = store.open(table)
-    if len(dataset.get_fragments()) > COMPACT_FRAGMENTS:
+    if sum(part.physical_rows < COMPACT_ROWS for part in dataset.get_fragments()) > COMPACT_FRAGMENTS:
         lease.check()
-        dataset.optimize.compact_files()
+        dataset.optimize.compact_files(target_rows_per_fragment=COMPACT_ROWS, batch_size=COMPACT_BATCH_ROWS)
 
 
 def batch_rows(num_rows: int) -> int:

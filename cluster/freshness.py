@@ -66,16 +66,25 @@ def compare(expected: pa.Table, existing: pa.Table, keys: Sequence[str]) -> Diff
 class Quarantine:
     """The failures known so far: what not to try again until its source or settings change."""
 
-    by_key: Mapping[tuple[str, str], tuple[str, int, bool]]
+    by_key: Mapping[tuple[str, str], tuple[str, int, bool, float]]
     max_attempts: int
+    wait_seconds: float
 
     @classmethod
-    def load(cls, store: Store, max_attempts: int) -> Quarantine:
-        """Read the ``failures`` table."""
-        dataset = store.open_or_none(FAILURES)
-        rows = [] if dataset is None else dataset.to_table().to_pylist()
-        by_key = {(r["video_id"], r["stage"]): (r["fingerprint"], r["attempts"], r["final"]) for r in rows}
-        return cls(by_key, max_attempts)
+    def load(cls, store: Store, max_attempts: int, wait_seconds: float) -> Quarantine:
+        """Read the ``failures`` table.
+
+        Parameters
+        ----------
+        wait_seconds
+            Before a first second attempt; each further one waits twice as long.
+        """
+        columns = ["video_id", "stage", "fingerprint", "attempts", "final", "time"]
+        by_key = {
+            (r["video_id"], r["stage"]): (r["fingerprint"], r["attempts"], r["final"], r["time"].timestamp())
+            for r in store.rows(FAILURES, columns).to_pylist()
+        }
+        return cls(by_key, max_attempts, wait_seconds)
 
     def holds(self, video_id: str, fingerprints: Mapping[str, str]) -> bool:
         """Return whether one of these stages failed at this very fingerprint, for good or often enough."""
@@ -83,9 +92,17 @@ class Quarantine:
 
     def is_out(self, video_id: str, stage: str, fingerprint: str) -> bool:
         """Return whether one stage of a video failed at this fingerprint, for good or often enough."""
-        known, attempts, final = self.by_key.get((video_id, stage), ("", 0, False))
+        known, attempts, final, _ = self.by_key.get((video_id, stage), ("", 0, False, 0.0))
         return known == fingerprint and (final or attempts >= self.max_attempts)
+
+    def waits(self, video_id: str, fingerprints: Mapping[str, str], now: float) -> bool:
+        """Return whether it is too early to try one of these stages again; ``now`` is in Unix seconds."""
+        for stage, fingerprint in fingerprints.items():
+            known, attempts, _, failed = self.by_key.get((video_id, stage), ("", 0, False, 0.0))
+            if known == fingerprint and now < failed + self.wait_seconds * 2 ** (attempts - 1):
+                return True
+        return False
 
     def attempts(self) -> dict[tuple[str, str], tuple[str, int]]:
         """Return what a `Committer` needs to go on counting."""
-        return {key: (fingerprint, attempts) for key, (fingerprint, attempts, _) in self.by_key.items()}
+        return {key: (fingerprint, attempts) for key, (fingerprint, attempts, *_) in self.by_key.items()}

@@ -1,8 +1,10 @@
-"""An index on disk: one folder of Lance tables and a manifest, written once and never changed.
+"""An index on disk: Lance tables and a manifest, written once and never changed.
 
-``index/<id>/`` holds ``codec.lance`` and, for each segment, ``segments/<n>/clips.lance`` (a clip a row: key, bounds, runs,
-rows of the token embedding table, residual codes) and ``segments/<n>/tokens.lance`` (centroid ids, in as many bits as
-they need, and scales). ``manifest.json`` is written last: an index without it was never finished and no release names it.
+``index/<id>/`` holds what one run made: ``codec.lance``, and for each segment ``segments/<n>/clips.lance`` (a clip a row:
+key, bounds, runs, rows of the token embedding table, residual codes) and ``segments/<n>/tokens.lance`` (centroid ids, in as
+many bits as they need, and scales). ``manifest.json`` names the codec and all segments by their paths, so that an index
+that grew from another shares its files, and ``tombstones.lance`` says which of their clips are no longer there. It is
+written last: an index without it was never finished and no release names it.
 
 There are no inverted lists: they are made from the centroid ids while loading, at 10 ns a token. At 128 dimensions and
 16,384 centroids a token takes 64 + 1.75 + 1 bytes at 4 bits, and 32 + 2.75 at 2; codec, keys and runs come to it.
@@ -20,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import obstore
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.store import STORAGE_VERSION, Store
 from operators import kernels
@@ -28,8 +31,10 @@ from operators.errors import StorageError
 from operators.search import Fetch
 from operators.segment import Segment, checksum, id_type
 
-FORMAT = 2
+FORMAT = 3
 """Of the folder; a reader refuses others."""
+
+PREFIX = "index"
 
 CLIP_COLUMNS = ["video_id", "clip", "start_seconds", "stop_seconds", "row_ids"]
 
@@ -45,12 +50,18 @@ class LoadedIndex:
     segment: Segment
     clips: pa.Table
     """A row a clip: video_id, clip, start_seconds, stop_seconds, row_ids."""
+    alive: npt.NDArray[np.bool_] | None
+    """Which clips have no tombstone; None if none has."""
     fetch: Fetch | None
     """Reads residual codes of clips, where they stay on disk."""
 
 
+Tombstones = Mapping[str, npt.NDArray[np.uint32]]
+"""Clips that are no longer there, by the path of their segment: rising ordinals."""
+
+
 def _path(index_id: str, *parts: str) -> str:
-    return "/".join(("index", index_id, *parts))
+    return "/".join((PREFIX, index_id, *parts))
 
 
 def _write(store: Store, path: str, table: pa.Table) -> None:
@@ -86,36 +97,63 @@ def _read_arrays(store: Store, path: str) -> dict[str, npt.NDArray[Any]]:
     return {row["name"]: np.frombuffer(row["data"], np.dtype(row["dtype"])).reshape(row["shape"]) for row in rows}
 
 
-def write_codec(store: Store, index_id: str, codec: ResidualCodec) -> str:
-    """Write a codec and return its checksum."""
-    arrays = codec.to_arrays()
-    _write_arrays(store, _path(index_id, "codec.lance"), arrays)
-    return checksum(arrays)
+def write_codec(store: Store, index_id: str, codec: ResidualCodec) -> dict[str, str]:
+    """Write a codec and return its entry for the manifest."""
+    arrays, path = codec.to_arrays(), _path(index_id, "codec.lance")
+    _write_arrays(store, path, arrays)
+    return {"path": path, "checksum": checksum(arrays)}
 
 
-def read_codec(store: Store, index_id: str, expected: str | None = None) -> ResidualCodec:
-    """Read an index's codec.
+def read_codec(store: Store, entry: Mapping[str, str]) -> ResidualCodec:
+    """Read a codec.
+
+    Parameters
+    ----------
+    entry
+        Of the manifest.
 
     Raises
     ------
     StorageError
-        If it is missing, or its checksum is not the one expected.
+        If it is missing, or its checksum is not the manifest's.
     """
-    arrays = _read_arrays(store, _path(index_id, "codec.lance"))
-    if expected is not None and checksum(arrays) != expected:
-        raise _damaged("the codec", index_id)
-    return ResidualCodec.from_arrays(arrays)
+    return ResidualCodec.from_arrays(_read_checked(store, entry))
 
 
-def _damaged(what: str, index_id: str) -> StorageError:
+def write_tombstones(store: Store, index_id: str, tombstones: Tombstones) -> dict[str, str]:
+    """Write which clips are no longer there, and return the entry for the manifest."""
+    path = _path(index_id, "tombstones.lance")
+    _write_arrays(store, path, tombstones)
+    return {"path": path, "checksum": checksum(tombstones)}
+
+
+def read_tombstones(store: Store, manifest: Mapping[str, Any]) -> Tombstones:
+    """Read which clips of an index are no longer there.
+
+    Raises
+    ------
+    StorageError
+        If the file is missing, or its checksum is not the manifest's.
+    """
+    return _read_checked(store, manifest["tombstones"]) if manifest["tombstones"] else {}
+
+
+def _read_checked(store: Store, entry: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
+    arrays = _read_arrays(store, entry["path"])
+    if checksum(arrays) != entry["checksum"]:
+        raise _damaged(store, entry["path"])
+    return arrays
+
+
+def _damaged(store: Store, path: str) -> StorageError:
     return StorageError(
-        f"{what} of index {index_id} does not match its checksum: the file was damaged or replaced. "
-        "Build the index again with `maxreel build-index`."
+        f"{store.uri}/{path} does not match its checksum: the file was damaged or replaced. "
+        "Build the index again with `maxreel build-index --full`."
     )
 
 
 def write_segment(
-    store: Store, index_id: str, name: str, segment: Segment, clips: pa.Table, num_centroids: int
+    store: Store, index_id: str, name: str, segment: Segment, clips: pa.Table, num_centroids: int, error: float
 ) -> dict[str, Any]:
     """Write one segment and return its entry for the manifest.
 
@@ -123,7 +161,10 @@ def write_segment(
     ----------
     clips
         Of the segment, in its order: key, bounds, and ``row_ids`` of the embeddings that each was made from.
+    error
+        Of its codes; see `Segment.error`.
     """
+    path = _path(index_id, "segments", name)
     code_bytes = segment.residuals.shape[1]
     table = clips.append_column("run_lengths", _lists(segment.run_of_clip, segment.run_lengths.astype(np.uint32)))
     table = table.append_column("run_modality", _lists(segment.run_of_clip, segment.run_modality))
@@ -136,16 +177,19 @@ def write_segment(
             pa.py_buffer(np.ascontiguousarray(segment.residuals)),
         ],
     )
-    _write(store, _path(index_id, "segments", name, "clips.lance"), table.append_column("codes", codes))
+    _write(store, f"{path}/clips.lance", table.append_column("codes", codes))
     bits = _id_bits(num_centroids)
     packed = np.zeros(-(-len(segment.centroid_ids) * bits // 8) + 8, dtype=np.uint8)
     kernels.pack_ids(segment.centroid_ids, bits, packed)
     arrays = {"centroid_ids": packed, "scales": segment.scales}
-    _write_arrays(store, _path(index_id, "segments", name, "tokens.lance"), arrays)
+    _write_arrays(store, f"{path}/tokens.lance", arrays)
     return {
-        "name": name,
+        "path": path,
         "num_clips": segment.num_clips,
         "num_tokens": len(segment.scales),
+        "num_dead_clips": 0,
+        "num_dead_tokens": 0,
+        "error": error,
         "checksum": _checksum(segment, clips),
         "codes_checksum": checksum({"residuals": segment.residuals}),
     }
@@ -168,7 +212,11 @@ def _lists(offsets: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> pa.Large
 
 
 def read_index(
-    store: Store, index_id: str, entries: Sequence[Mapping[str, Any]], codec: ResidualCodec, codes_on_disk: bool = False
+    store: Store,
+    entries: Sequence[Mapping[str, Any]],
+    codec: ResidualCodec,
+    tombstones: Tombstones,
+    codes_on_disk: bool = False,
 ) -> LoadedIndex:
     """Read segments, several at a time, into one.
 
@@ -189,39 +237,57 @@ def read_index(
 
     def read(i: int) -> tuple[Segment, pa.Table]:
         out = residuals[:0] if codes_on_disk else residuals[before[i] : before[i + 1]]
-        return _read_segment(store, index_id, entries[i], codec, out, codes_on_disk)
+        return _read_segment(store, entries[i], codec, out, codes_on_disk)
 
     with ThreadPoolExecutor(LOAD_THREADS) as pool:
         read_segments = list(pool.map(read, range(len(entries))))
     joined = Segment.join([segment for segment, _ in read_segments], residuals)
     clips = pa.concat_tables([table for _, table in read_segments])
-    return LoadedIndex(joined, clips, _fetcher(store, index_id, entries, codec, joined) if codes_on_disk else None)
+    fetch = _fetcher(store, entries, codec) if codes_on_disk else None
+    return LoadedIndex(joined, clips, _alive(entries, tombstones), fetch)
+
+
+def _alive(entries: Sequence[Mapping[str, Any]], tombstones: Tombstones) -> npt.NDArray[np.bool_] | None:
+    first_clips = np.concatenate([[0], np.cumsum([entry["num_clips"] for entry in entries])])
+    alive = np.ones(first_clips[-1], dtype=bool)
+    for entry, first in zip(entries, first_clips[:-1], strict=True):
+        alive[first + tombstones.get(entry["path"], np.empty(0, np.uint32)).astype(np.int64)] = False
+    return None if alive.all() else alive
+
+
+def read_made_from(
+    store: Store, entry: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return what a segment's clips were made from: row ids, rows of each clip, and tokens of each clip."""
+    table = _read(store, f"{entry['path']}/clips.lance", ["row_ids", "run_lengths"])
+    rows_each = pc.list_value_length(table["row_ids"]).to_numpy().astype(np.int64)
+    runs = np.concatenate([[0], np.cumsum(pc.list_value_length(table["run_lengths"]).to_numpy())])
+    tokens = np.concatenate([[0], np.cumsum(_flat(table["run_lengths"]).astype(np.int64))])
+    return _flat(table["row_ids"]).astype(np.uint64), rows_each, np.diff(tokens[runs])
 
 
 def _read_segment(
     store: Store,
-    index_id: str,
     entry: Mapping[str, Any],
     codec: ResidualCodec,
     residuals: npt.NDArray[np.uint8],
     codes_on_disk: bool,
 ) -> tuple[Segment, pa.Table]:
-    name = entry["name"]
-    path = _path(index_id, "segments", name, "clips.lance")
+    path = entry["path"]
     columns = [*CLIP_COLUMNS, "run_lengths", "run_modality", *([] if codes_on_disk else ["codes"])]
-    table = _read(store, path, columns)
-    arrays = _read_arrays(store, _path(index_id, "segments", name, "tokens.lance"))
+    table = _read(store, f"{path}/clips.lance", columns)
+    arrays = _read_arrays(store, f"{path}/tokens.lance")
     ids = np.empty(len(arrays["scales"]), dtype=id_type(codec.num_centroids))
     bits = _id_bits(codec.num_centroids)
     if len(arrays["centroid_ids"]) != -(-len(ids) * bits // 8) + 8 or len(ids) != entry["num_tokens"]:
-        raise _damaged(f"segment {name}", index_id)
+        raise _damaged(store, path)
     kernels.unpack_ids(arrays["centroid_ids"], bits, ids)
     if not codes_on_disk:
         codes = _binary(table["codes"])
         if codes.size != residuals.size:
-            raise _damaged(f"segment {name}", index_id)
+            raise _damaged(store, path)
         residuals[:] = codes.reshape(residuals.shape)
-    runs_per_clip = pa.compute.list_value_length(table["run_lengths"]).to_numpy()
+    runs_per_clip = pc.list_value_length(table["run_lengths"]).to_numpy()
     segment = Segment(
         run_lengths=_flat(table["run_lengths"]).astype(np.int64),
         run_clip=np.repeat(np.arange(table.num_rows), runs_per_clip),
@@ -234,19 +300,14 @@ def _read_segment(
     clips = table.select(CLIP_COLUMNS)
     whole = codes_on_disk or checksum({"residuals": residuals}) == entry["codes_checksum"]
     if not whole or _checksum(segment, clips) != entry["checksum"]:
-        raise _damaged(f"segment {name}", index_id)
+        raise _damaged(store, path)
     return segment, clips
 
 
-def _fetcher(
-    store: Store, index_id: str, entries: Sequence[Mapping[str, Any]], codec: ResidualCodec, joined: Segment
-) -> Fetch:
+def _fetcher(store: Store, entries: Sequence[Mapping[str, Any]], codec: ResidualCodec) -> Fetch:
     first_clips = np.concatenate([[0], np.cumsum([entry["num_clips"] for entry in entries])])
     datasets = [
-        lance.dataset(
-            f"{store.uri}/{_path(index_id, 'segments', entry['name'], 'clips.lance')}",
-            storage_options=dict(store.options) or None,
-        )
+        lance.dataset(f"{store.uri}/{entry['path']}/clips.lance", storage_options=dict(store.options) or None)
         for entry in entries
     ]
 
@@ -297,6 +358,14 @@ def read_manifest(store: Store, index_id: str) -> dict[str, Any]:
     return manifest
 
 
-def num_bytes(store: Store, index_id: str) -> int:
+def files(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the paths of everything that an index is made of: files, and folders of them."""
+    parts = [manifest["codec"], *manifest["segments"], *filter(None, [manifest["tombstones"]])]
+    return [_path(manifest["index_id"], "manifest.json"), *(part["path"] for part in parts)]
+
+
+def num_bytes(store: Store, manifest: Mapping[str, Any]) -> int:
     """Return the size of everything that an index keeps on disk."""
-    return sum(entry["size"] for batch in obstore.list(store.objects, _path(index_id, "")) for entry in batch)
+    return sum(
+        entry["size"] for path in files(manifest) for batch in obstore.list(store.objects, path) for entry in batch
+    )

@@ -45,7 +45,7 @@ class Holder:
         if self.released or now >= self.expires:
             return False
         on_this_host = self.host == socket.gethostname()
-        return not on_this_host or _process_started(self.pid) == self.process_started
+        return not on_this_host or process_started(self.pid) == self.process_started
 
 
 class Lease:
@@ -70,7 +70,7 @@ class Lease:
         self._store = store
         self._seconds = lease_seconds
         pid = os.getpid()
-        self._holder = Holder(run_id, job, socket.gethostname(), pid, _process_started(pid), expires=0.0)
+        self._holder = Holder(run_id, job, socket.gethostname(), pid, process_started(pid), expires=0.0)
         self._generation = 0
         self._lost = ""
         self._stop = threading.Event()
@@ -169,7 +169,7 @@ def _held_message(uri: str, holder: Holder) -> str:
     )
 
 
-def _process_started(pid: int) -> str:
+def process_started(pid: int) -> str:
     """Return a process's start time in clock ticks, or "" where it is gone (or the system has no /proc)."""
     try:
         # Fields 3 (state) and 22 (start time), counted after the name, which may itself hold spaces and brackets.

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from cluster.index_store import LoadedIndex, read_codec, read_index
+from cluster.index_store import LoadedIndex, read_codec, read_index, read_tombstones
 from cluster.shards import Shard, embeddings_of, read_tokens
 from cluster.store import Store
 from operators.calibrate import choose
@@ -142,15 +142,17 @@ class SegmentHolder:
             raise ConfigError(
                 "search.codes_on_disk is for search.device=cpu; a GPU holds all codes. Unset one of them."
             )
-        codec = read_codec(store, manifest["index_id"], manifest["codec_checksum"])
-        loaded = read_index(store, manifest["index_id"], entries, codec, codes_on_disk)
-        self._store, self._manifest, self._clips = store, manifest, loaded.clips
+        codec = read_codec(store, manifest["codec"])
+        loaded = read_index(store, entries, codec, read_tombstones(store, manifest), codes_on_disk)
+        self._store, self._manifest, self._clips, self._alive = store, manifest, loaded.clips, loaded.alive
         self._searcher = _searcher(loaded, codec, device)
 
     def search(self, queries: Sequence[Floats], options: SearchOptions) -> list[list[Hit]]:
         """Return the best ``k`` videos of each query."""
         plan, rescored = options.plan(self._manifest, self._clips.num_rows)
         allowed = options.filter.allowed(self._clips)
+        if self._alive is not None:
+            allowed = self._alive if allowed is None else allowed & self._alive
         # k clips may be fewer than k videos: go deeper until there are k, or no more clips.
         depth = options.k
         while True:
@@ -282,7 +284,7 @@ def spread(entries: Sequence[Mapping[str, Any]], num_actors: int) -> list[list[M
     """Return segments dealt to actors, largest first, each to the one that holds the fewest tokens."""
     shares: list[list[Mapping[str, Any]]] = [[] for _ in range(min(num_actors, len(entries)))]
     loads = [0] * len(shares)
-    for entry in sorted(entries, key=lambda e: (-e["num_tokens"], e["name"])):
+    for entry in sorted(entries, key=lambda e: (-e["num_tokens"], e["path"])):
         lightest = loads.index(min(loads))
         shares[lightest].append(entry)
         loads[lightest] += entry["num_tokens"]

@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.store import Store
 from operators.schema import MODALITIES
@@ -58,24 +59,38 @@ class Shard:
         return np.concatenate([[True], ordinals[1:] != ordinals[:-1]]) if len(ordinals) else np.zeros(0, dtype=bool)
 
 
-def plan_shards(store: Store, table: str, version: int, shard_tokens: int) -> list[Shard]:
-    """Return shards of whole clips with about ``shard_tokens`` tokens each."""
+def clip_rows(store: Store, table: str, version: int) -> pa.Table:
+    """Return the keys of a token embedding table in clip order, without the embeddings.
+
+    Columns: video_id, clip, modality, num_tokens, start_seconds, stop_seconds, _rowid, modality_index, clip_ordinal.
+    """
     rows = store.open(table, version).scanner(columns=KEY_COLUMNS, with_row_id=True).to_table()
-    if not rows.num_rows:
-        return []
-    modality_index = pa.compute.index_in(rows["modality"], value_set=pa.array(MODALITIES)).cast(pa.uint8())
+    modality_index = pc.index_in(rows["modality"], value_set=pa.array(MODALITIES)).cast(pa.uint8())
     rows = rows.append_column("modality_index", modality_index)
     rows = rows.sort_by([("video_id", "ascending"), ("clip", "ascending"), ("modality_index", "ascending")])
     video = rows["video_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     clip = rows["clip"].to_numpy()
-    starts = np.concatenate([[True], (video[1:] != video[:-1]) | (clip[1:] != clip[:-1])])
-    rows = rows.append_column("clip_ordinal", pa.array(np.cumsum(starts)))
+    starts = np.ones(rows.num_rows, dtype=bool)
+    starts[1:] = (video[1:] != video[:-1]) | (clip[1:] != clip[:-1])
+    return rows.append_column("clip_ordinal", pa.array(np.cumsum(starts) - 1))
+
+
+def cut(rows: pa.Table, shard_tokens: int) -> list[Shard]:
+    """Return shards of whole clips, of rows as `clip_rows` gives them, with about ``shard_tokens`` tokens each."""
+    if not rows.num_rows:
+        return []
+    ordinals, lengths = rows["clip_ordinal"].to_numpy(), rows["num_tokens"].to_numpy().astype(np.int64)
+    starts = np.diff(ordinals, prepend=-1) != 0
     # A shard ends at the first clip boundary past its budget.
-    tokens_before = np.cumsum(rows["num_tokens"].to_numpy().astype(np.int64)) - rows["num_tokens"].to_numpy()
-    shard_of_clip = tokens_before[starts] // shard_tokens
+    shard_of_clip = (np.cumsum(lengths) - lengths)[starts] // shard_tokens
     shard_of_row = shard_of_clip[np.cumsum(starts) - 1]
     bounds = np.flatnonzero(np.diff(shard_of_row, prepend=-1))
     return [Shard(rows.slice(a, b - a)) for a, b in zip(bounds, [*bounds[1:], rows.num_rows], strict=True)]
+
+
+def plan_shards(store: Store, table: str, version: int, shard_tokens: int) -> list[Shard]:
+    """Return shards of whole clips of a token embedding table with about ``shard_tokens`` tokens each."""
+    return cut(clip_rows(store, table, version), shard_tokens)
 
 
 def read_tokens(store: Store, table: str, version: int, row_ids: pa.ChunkedArray) -> npt.NDArray[np.float16]:

@@ -34,6 +34,11 @@ SCHEMAS: dict[str, pa.Schema] = {
     RELEASES: schema.RELEASES,
 }
 
+FORMAT = 2
+"""Of the store as a whole; a job refuses others. 2: tables keep stable row ids, by which an index names its clips."""
+
+FORMAT_PATH = "maxreel.json"
+
 STORAGE_VERSION = "2.0"
 """Lance file format. 2.0 scans nested lists about 2.5 times as fast as 2.2 (measured on 1,000 x 300 x 128 float16)."""
 
@@ -106,23 +111,84 @@ class Store:
         except OSError as error:
             raise StorageError(f"cannot open {self.table_uri(name)}: {error}") from error
 
+    def rows(self, name: str, columns: Sequence[str], table_schema: pa.Schema | None = None) -> pa.Table:
+        """Return columns of every row, and ``_rowid``; none where the table was never created."""
+        dataset = self.open_or_none(name)
+        if dataset is not None:
+            return dataset.scanner(columns=list(columns), with_row_id=True).to_table()
+        of_table = table_schema or SCHEMAS[name]
+        fields = [*(of_table.field(column) for column in columns), pa.field("_rowid", pa.uint64())]
+        return pa.schema(fields).empty_table()
+
     def create(self, name: str, table_schema: pa.Schema | None = None) -> lance.LanceDataset:
         """Return a table, made empty if it is not there.
 
-        A table of another schema (a new encoder width under the same name) starts again from empty; older versions
-        keep the old rows for the releases that read them.
+        A token embedding table of another schema (a new encoder width under the same name) starts again from empty;
+        older versions keep the old rows for the releases that read them. Row ids never come again.
+
+        Raises
+        ------
+        StorageError
+            If another table has a schema that this version does not know.
         """
         wanted = table_schema or SCHEMAS[name]
         dataset = self.open_or_none(name)
         if dataset is not None and dataset.schema.equals(wanted):
             return dataset
+        if dataset is not None and name in SCHEMAS:
+            raise StorageError(
+                f"{self.table_uri(name)} has other columns than this maxreel writes; it was made by another version. "
+                "Use that version, or index into a new store."
+            )
         return lance.write_dataset(
             wanted.empty_table(),
             self.table_uri(name),
             mode="create" if dataset is None else "overwrite",
             data_storage_version=STORAGE_VERSION,
+            enable_stable_row_ids=True,
             storage_options=dict(self.options) or None,
         )
+
+    def prepare(self) -> None:
+        """Make every table of a new store, or check that the store is of this format.
+
+        Raises
+        ------
+        StorageError
+            If it is of another.
+        """
+        self.check_format()
+        if not self.exists(FORMAT_PATH):
+            self.put_json(FORMAT_PATH, {"format": FORMAT})
+        for name in SCHEMAS:
+            self.create(name)
+
+    def check_format(self) -> None:
+        """Do nothing if the store is empty or of this format.
+
+        Raises
+        ------
+        StorageError
+            If it is of another.
+        """
+        if self.open_or_none(VIDEOS) is None:
+            return
+        found = (
+            self.get_json(FORMAT_PATH) if self.exists(FORMAT_PATH) else {"format": 1}
+        )  # the last that did not say so
+        number = found.get("format") if isinstance(found, dict) else None
+        if number != FORMAT:
+            newer = isinstance(number, int) and number > FORMAT
+            remedy = "Use a newer maxreel" if newer else "Index into a new store"
+            raise StorageError(f"{self.uri} is a store of format {number}; this maxreel reads {FORMAT}. {remedy}.")
+
+    def exists(self, path: str) -> bool:
+        """Return whether there is a small object at a path."""
+        try:
+            obstore.head(self.objects, path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def take(self, name: str, version: int, row_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
         """Return rows of a table's version by Lance row id, in the order asked for."""
@@ -135,6 +201,16 @@ class Store:
         for first in range(0, len(row_ids), DELETE_BATCH_ROWS):
             batch = row_ids[first : first + DELETE_BATCH_ROWS]
             dataset.delete(f"_rowid IN ({', '.join(map(str, batch))})")
+
+    def append(self, name: str, rows: pa.Table) -> None:
+        """Add rows to a small table, in one commit. Only by the lease's holder."""
+        lance.write_dataset(
+            rows,
+            self.table_uri(name),
+            mode="append",
+            data_storage_version=STORAGE_VERSION,
+            storage_options=dict(self.options) or None,
+        )
 
     def upsert(self, name: str, rows: pa.Table, keys: Sequence[str]) -> None:
         """Insert rows, replacing those with the same keys. Only for small tables, only by the lease's holder."""

@@ -6,6 +6,7 @@
     ├── ConfigError                 2   a setting, argument, manifest or model id is wrong
     │   └── ScheduleError           2   the job asks for more than the cluster has
     ├── TooManyFailuresError        3   finished, with more failures than max_failure_rate
+    ├── GateFailedError             4   what was built is not good enough for readers
     ├── StoreHeldError              5   another run holds the store's lease
     ├── StorageError                1   the store cannot be read or written, or is not what it claims
     │   └── LeaseLostError          1   our lease was taken over while we worked
@@ -21,11 +22,14 @@ A message says what was got, what is allowed, which video, and what to do next.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MaxreelError(Exception):
     """Root of the tree; ``exit_code`` is what the command line ends with."""
 
     exit_code = 1
+    result: Any = None  # what was done before it was raised, where that is worth printing
 
 
 class ConfigError(MaxreelError):
@@ -42,6 +46,12 @@ class TooManyFailuresError(MaxreelError):
     """The job finished, but more videos failed than ``max_failure_rate`` allows."""
 
     exit_code = 3
+
+
+class GateFailedError(MaxreelError):
+    """What was built is not good enough for readers: they keep what they have."""
+
+    exit_code = 4
 
 
 class StoreHeldError(MaxreelError):

@@ -103,27 +103,30 @@ RUNS = pa.schema(
         ("run_id", pa.string()),
         ("job", pa.string()),
         ("status", pa.string()),
+        ("exit_code", pa.int32()),
         ("started", pa.timestamp("us", tz="UTC")),
         ("stopped", pa.timestamp("us", tz="UTC")),
         ("config", pa.string()),
         ("code_version", pa.string()),
-        ("counts", pa.string()),
-        ("stages", pa.string()),
+        ("summary", pa.string()),
     ]
 )
 
 RELEASES = pa.schema(
     [
+        ("event", pa.int64()),
         ("release_id", pa.int64()),
         ("state", pa.string()),
         ("index_id", pa.string()),
         ("tables", pa.string()),
         ("encode", pa.string()),
         ("gates", pa.string()),
+        ("reason", pa.string()),
         ("run_id", pa.string()),
         ("time", pa.timestamp("us", tz="UTC")),
     ]
 )
+"""What was done with releases, an event a row; the newest whose state is ``published`` is what readers open."""
 
 
 def token_embeddings(dim: int) -> pa.Schema:

@@ -20,6 +20,10 @@ Tokens = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
 
+ERROR_TOKENS = 50_000
+"""Looked at to measure the error of a segment's codes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Segment:
     """Compressed clips. Inverted lists are not kept: a searcher makes them from the centroid ids.
@@ -107,6 +111,33 @@ class Segment:
             residuals = np.concatenate([segment.residuals for segment in segments])
         clips = [segment.run_clip + first for segment, first in zip(segments, before[:-1], strict=True)]
         return cls(run_clip=np.concatenate(clips), residuals=residuals, num_clips=int(before[-1]), **joined)
+
+    def keep(self, clips: npt.NDArray[np.bool_]) -> Segment:
+        """Return the segment of some of its clips, (D,)."""
+        runs = clips[self.run_clip]
+        tokens = np.repeat(runs, self.run_lengths)
+        return Segment(
+            run_lengths=self.run_lengths[runs],
+            run_clip=(np.cumsum(clips) - 1)[self.run_clip[runs]],
+            run_modality=self.run_modality[runs],
+            centroid_ids=self.centroid_ids[tokens],
+            scales=self.scales[tokens],
+            residuals=self.residuals[tokens],
+            num_clips=int(np.count_nonzero(clips)),
+        )
+
+    def error(self, tokens: Tokens, codec: ResidualCodec) -> float:
+        """Return the mean squared distance of the token embeddings it was built from to what their codes decode to.
+
+        Of at most `ERROR_TOKENS` tokens, evenly spread; 0 where there are none. It rises when new material is unlike
+        what the codec was trained on.
+        """
+        step = -(-len(tokens) // ERROR_TOKENS) or 1
+        every = slice(None, None, step)
+        ids = self.centroid_ids[every].astype(np.int32)
+        decoded = codec.decode(Codes(ids, self.scales[every], self.residuals[every]))
+        difference = tokens[every].astype(np.float32) - decoded
+        return float(np.einsum("td,td->t", difference, difference).mean()) if len(difference) else 0.0
 
     @cached_property
     def run_of_clip(self) -> Ints:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -76,7 +76,7 @@ def _run(
         shown = known or (cause if isinstance(cause, Exception) else error)
         if verbose:
             traceback.print_exception(error)
-        _fail(shown, known.exit_code if known else 1, bool(known), as_json, getattr(known, "result", None), render)
+        _fail(shown, known.exit_code if known else 1, bool(known), as_json, known.result if known else None, render)
     else:
         _print(result, render, as_json)
 
@@ -115,22 +115,19 @@ def _set_up_logging(verbose: bool, quiet: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-def _job(name: str, steps: Callable[[Job], None], next_commands: list[str]) -> Callable[[Config], Any]:
-    """Return work that runs steps under one lease and gives their summary."""
+def _job(
+    name: str, steps: Callable[[Job], Any], next_commands: Sequence[str] = (), dry_run: bool = False
+) -> Callable[[Config], Any]:
+    """Return work that runs steps under one lease and gives what they return, or else their summary."""
 
     def work(config: Config) -> Any:
-        from operators.errors import TooManyFailuresError
-        from pipelines.job import check_failure_rate, open_job
+        from pipelines.job import open_job
 
-        with open_job(config, name) as job:
-            steps(job)
+        with open_job(config, name, dry_run) as job:
+            result = steps(job)
             job.summary.next_commands = [command.format(store=job.store.uri) for command in next_commands]
-        try:
-            check_failure_rate(job)
-        except TooManyFailuresError as error:
-            error.result = job.summary.to_json()  # type: ignore[attr-defined]
-            raise
-        return job.summary.to_json()
+            job.limit_failures()
+        return job.summary.to_json() if result is None else result
 
     return work
 
@@ -157,6 +154,10 @@ ManifestArgument = Annotated[
     str, typer.Argument(help="JSONL, CSV or Parquet manifest, or a folder or object-store prefix of videos.")
 ]
 
+RemoveGoneOption = Annotated[
+    bool, typer.Option("--remove-gone", help="Delete the videos that the manifest no longer lists.")
+]
+
 
 @app.command()
 def index(
@@ -165,6 +166,7 @@ def index(
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
+    remove_gone: RemoveGoneOption = False,
     dry_run: DryRunOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -177,11 +179,11 @@ def index(
         from pipelines.extract import extract
         from pipelines.ingest import ingest
 
-        ingest(job, manifest, dry_run)
+        ingest(job, manifest, remove_gone, dry_run)
         extract(job, dry_run)
         encode(job, dry_run)
 
-    work = _job("index", steps, ["maxreel build-index --store {store}"])
+    work = _job("index", steps, ["maxreel build-index --store {store}"], dry_run)
     _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
 
 
@@ -192,6 +194,7 @@ def ingest(
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
+    remove_gone: RemoveGoneOption = False,
     dry_run: DryRunOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -202,9 +205,9 @@ def ingest(
     def steps(job: Job) -> None:
         from pipelines.ingest import ingest
 
-        ingest(job, manifest, dry_run)
+        ingest(job, manifest, remove_gone, dry_run)
 
-    work = _job("ingest", steps, ["maxreel extract --store {store}"])
+    work = _job("ingest", steps, ["maxreel extract --store {store}"], dry_run)
     _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
 
 
@@ -226,7 +229,7 @@ def extract(
 
         extract(job, dry_run)
 
-    work = _job("extract", steps, ["maxreel encode --store {store}"])
+    work = _job("extract", steps, ["maxreel encode --store {store}"], dry_run)
     _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
 
 
@@ -248,7 +251,7 @@ def encode(
 
         encode(job, dry_run)
 
-    work = _job("encode", steps, ["maxreel build-index --store {store}"])
+    work = _job("encode", steps, ["maxreel build-index --store {store}"], dry_run)
     _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
 
 
@@ -259,18 +262,20 @@ def build_index(
     assignments: SetOption = None,
     as_json: JsonOption = False,
     dry_run: DryRunOption = False,
+    full: Annotated[bool, typer.Option("--full", help="Build from nothing: train a new codec.")] = False,
+    draft: Annotated[bool, typer.Option("--draft", help="Leave publishing to `maxreel publish`.")] = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Build a compressed index of the token embeddings, and release it to readers."""
+    """Bring the compressed index up to date with the token embeddings, and release it to readers."""
     from pipelines import render
 
     def steps(job: Job) -> None:
         from pipelines.build_index import build_index
 
-        build_index(job, dry_run)
+        build_index(job, full, draft, dry_run)
 
-    work = _job("build-index", steps, ['maxreel search "TEXT" --store {store} --explain'])
+    work = _job("build-index", steps, ['maxreel search "TEXT" --store {store} --explain'], dry_run)
     _run(work, render.index, config, assignments, store, as_json, verbose, quiet)
 
 
@@ -352,7 +357,154 @@ def status(
 
 
 @app.command()
+def nightly(
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Do the whole chain for what changed: ingest, extract, encode, index, gates, publish, collect, report."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from operators.errors import MaxreelError
+        from pipelines import nightly
+        from pipelines.report import write_report
+
+        job = _job("nightly", lambda job: nightly.nightly(job, dry_run), dry_run=dry_run)
+        if dry_run:
+            return job(loaded)
+        try:
+            run_id = job(loaded)["run_id"]
+        except MaxreelError as error:
+            if error.result is not None:
+                error.result = write_report(loaded, error.result["run_id"])
+            raise
+        return write_report(loaded, run_id)
+
+    _run(work, render.plan if dry_run else render.report, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def publish(
+    release: Annotated[int | None, typer.Argument(help="Its number; the newest draft unless given.")] = None,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a release the one that readers open."""
+    from pipelines import render
+
+    def steps(job: Job) -> Any:
+        from pipelines import release as releases
+
+        chosen = releases.to_publish(job.store, release)
+        releases.publish(job, chosen, "published by hand")
+        return {"live": chosen}
+
+    _run(_job("publish", steps), render.live, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option("--reason", help="Why; it is kept with the release.")],
+    to: Annotated[int | None, typer.Option("--to", help="Release to go back to; the one before unless given.")] = None,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Let readers open an older release again; nothing is copied."""
+    from pipelines import render
+
+    def steps(job: Job) -> Any:
+        from pipelines import release as releases
+
+        chosen = releases.to_roll_back_to(job.store, to)
+        releases.publish(job, chosen, f"rolled back: {reason}")
+        return {"live": chosen}
+
+    _run(_job("rollback", steps), render.live, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def releases(
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """List releases, newest first, and which of them is live since when."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from pipelines.job import open_store
+        from pipelines.release import list_releases
+
+        return {"releases": list_releases(open_store(loaded))}
+
+    _run(work, render.releases, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def runs(
+    number: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 20,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """List what was run, newest first, and how it ended."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from pipelines.status import list_runs
+
+        return {"runs": list_runs(loaded)[:number]}
+
+    _run(work, render.runs, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="Its id, or `last` for the last night.")] = "last",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and report.json.")] = None,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what a night did, against the nights before."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from pipelines.report import of_run, save
+
+        made = of_run(loaded, run)
+        if out is not None:
+            save(made, out)
+        return made
+
+    _run(work, render.report, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
 def failures(
+    run: Annotated[str | None, typer.Option("--run", help="Only those that this run met last.")] = None,
     store: StoreOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
@@ -366,9 +518,55 @@ def failures(
     def work(loaded: Config) -> Any:
         from pipelines.status import list_failures
 
-        return {"failures": list_failures(loaded)}
+        return {"failures": list_failures(loaded, run)}
 
     _run(work, render.failures, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def retry(
+    run: Annotated[str | None, typer.Option("--run", help="Only what this run met last.")] = None,
+    video: Annotated[list[str] | None, typer.Option("--video", help="Only this video; may be repeated.")] = None,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Forget failures, so that the next run tries those videos again, quarantined ones too."""
+    from pipelines import render
+
+    def steps(job: Job) -> Any:
+        from pipelines.job import forget
+        from pipelines.status import select_failures
+
+        chosen = select_failures(job.store, run, video or [])
+        forget(job, chosen)
+        return {"forgotten": sorted({row["video_id"] for row in chosen.to_pylist()})}
+
+    _run(_job("retry", steps), render.forgotten, config, assignments, store, as_json, verbose, quiet)
+
+
+@app.command()
+def gc(
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Delete what no kept release, reader or run needs any more: old versions, merged segments, orphan files."""
+    from pipelines import render
+
+    def steps(job: Job) -> Any:
+        from pipelines.gc import gc
+
+        return gc(job, dry_run)
+
+    _run(_job("gc", steps, dry_run=dry_run), render.collected, config, assignments, store, as_json, verbose, quiet)
 
 
 @app.command()

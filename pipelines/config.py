@@ -96,8 +96,14 @@ class ExtractConfig(_Model):
     frames: FramesConfig = FramesConfig()
     speech: SpeechConfig = SpeechConfig()
     screen_text: ScreenTextConfig = ScreenTextConfig()
-    max_attempts: int = Field(3, ge=1)
     resources: ActorsConfig = ActorsConfig()
+
+
+class RetriesConfig(_Model):
+    """When a video that failed is tried again: after ``wait_seconds``, then twice that, and so on."""
+
+    max_attempts: int = Field(3, ge=1)
+    wait_seconds: float = Field(3600.0, ge=0)
 
 
 class OfflineConfig(_Model):
@@ -114,6 +120,12 @@ class MultiVectorConfig(_Model):
     """The ``multivector`` encoder: any model that Sentence Transformers' ``MultiVectorEncoder`` loads."""
 
     model: str = "lightonai/GTE-ModernColBERT-v1"
+
+
+class LexicalConfig(_Model):
+    """The ``lexical`` encoder: words as they are written, no model."""
+
+    dim: int = Field(64, ge=8, le=512)
 
 
 class EncodeResources(_Model):
@@ -139,9 +151,10 @@ class PoolTokens(_Model):
 class EncodeConfig(_Model):
     """From modalities to token embeddings."""
 
-    encoder: Literal["offline", "multivector"] = "offline"
+    encoder: Literal["offline", "multivector", "lexical"] = "offline"
     offline: OfflineConfig = OfflineConfig()
     multivector: MultiVectorConfig = MultiVectorConfig()
+    lexical: LexicalConfig = LexicalConfig()
     pool_tokens: PoolTokens = PoolTokens()
     resources: EncodeResources = EncodeResources()
 
@@ -152,13 +165,19 @@ class EncodeConfig(_Model):
 
 
 class BuildIndexConfig(_Model):
-    """From token embeddings to a compressed index."""
+    """From token embeddings to a compressed index.
+
+    The codec is trained again, and the index built from nothing, when its error on new clips is ``retrain_drift`` above
+    that on those it was trained on, or when ``retrain_growth`` times as many tokens as those were added.
+    """
 
     nbits: Literal[1, 2, 4, 8] = 4
     num_centroids: int | None = Field(None, ge=1)
     sample_tokens: int = Field(16_000_000, ge=100)
     segment_tokens: int = Field(4_000_000, ge=1)
     calibration_tokens: int = Field(2_000_000, ge=1)
+    retrain_drift: float = Field(0.25, gt=0)
+    retrain_growth: float = Field(1.0, gt=0)
     device: str = "cpu"
     seed: int = 0
 
@@ -189,19 +208,63 @@ class EvaluateConfig(_Model):
     compare_exact: bool = True
 
 
+class GatesConfig(_Model):
+    """What a release must reach before readers see it; None leaves a gate out.
+
+    ``canaries`` are queries as ``evaluate`` reads them. With ``canary_qrels``, the first of ``evaluate.measures`` must reach
+    ``min_quality`` and not fall ``max_quality_drop`` below the live release's; without, the first ten must overlap with
+    the live release's by ``min_overlap``. Without canaries, queries are drawn from the corpus.
+    """
+
+    canaries: Path | None = None
+    canary_qrels: Path | None = None
+    min_quality: float | None = Field(None, ge=0, le=1)
+    max_quality_drop: float | None = Field(0.05, ge=0, le=1)
+    min_overlap: float | None = Field(0.5, ge=0, le=1)
+    min_recall: float | None = Field(0.85, ge=0, le=1)
+    max_token_change: float | None = Field(0.5, gt=0)
+    max_empty_speech_rise: float | None = Field(0.2, ge=0, le=1)
+    max_gone: float | None = Field(0.2, ge=0, le=1)
+    num_queries: int = Field(64, ge=1)
+    sample_tokens: int = Field(2_000_000, ge=1)
+
+
+class GcConfig(_Model):
+    """What is kept: so many releases that were published, and all that readers could open in the last hours."""
+
+    keep_releases: int = Field(7, ge=1)
+    keep_hours: float = Field(24.0, ge=0)
+    after_nightly: bool = True
+
+
+class PricesConfig(_Model):
+    """What an hour of a core and of a GPU, and a month of a gigabyte cost."""
+
+    currency: str
+    cpu_hour: float = Field(ge=0)
+    gpu_hour: float = Field(0.0, ge=0)
+    gb_month: float = Field(0.0, ge=0)
+
+
 class Config(_Model):
-    """All of it."""
+    """All of it. ``allowed_failures`` videos may fail whatever their share: one bad file of a quiet night is no alarm."""
 
     store: str | None = None
+    manifest: str | None = None
     max_failure_rate: float = Field(0.1, ge=0, le=1)
+    allowed_failures: int = Field(0, ge=0)
     storage: StorageConfig = StorageConfig()
     ray: RayConfig = RayConfig()
     ingest: IngestConfig = IngestConfig()
     extract: ExtractConfig = ExtractConfig()
+    retries: RetriesConfig = RetriesConfig()
     encode: EncodeConfig = EncodeConfig()
     build_index: BuildIndexConfig = BuildIndexConfig()
     search: SearchConfig = SearchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    gates: GatesConfig = GatesConfig()
+    gc: GcConfig = GcConfig()
+    prices: PricesConfig | None = None
 
 
 def load(files: Iterable[Path], assignments: Iterable[str], store: str | None = None) -> Config:

@@ -20,6 +20,7 @@ from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, plan_actors
 from cluster.store import MODALITIES, Store, token_table
 from operators import pooling, schema
 from operators.encode import CLIP_MODALITIES, Encode
+from operators.encoder_lexical import LexicalEncoder
 from operators.encoder_multivector import MultiVectorModel
 from operators.encoder_offline import OfflineEncoder
 from operators.fingerprint import fingerprint
@@ -27,7 +28,11 @@ from pipelines.config import EncodeConfig
 from pipelines.job import Job
 from pipelines.progress import Progress
 
-ENCODERS: dict[str, Any] = {"offline": OfflineEncoder, "multivector": MultiVectorModel}
+ENCODERS: dict[str, Any] = {
+    "offline": OfflineEncoder,
+    "multivector": MultiVectorModel,
+    "lexical": LexicalEncoder,
+}
 
 KEYS = ["video_id", "clip", "modality"]
 
@@ -72,7 +77,7 @@ def encoder_fingerprint(config: EncodeConfig) -> str:
 def plan(store: Store, config: EncodeConfig) -> tuple[pa.Table, Difference]:
     """Return the clips to encode (Lance row ids and fingerprints of their stale modalities), and the difference."""
     of_encoder, joint = encoder_fingerprint(config), ENCODERS[config.encoder].joint
-    rows = store.open(MODALITIES).scanner(columns=[*KEYS, "fingerprint"], with_row_id=True).to_table()
+    rows = store.rows(MODALITIES, [*KEYS, "fingerprint"])
     rows = _with_output_fingerprints(rows, of_encoder, joint)
     difference = compare(rows, _existing(store, config.encoder), KEYS)
     # A joint encoder needs every modality of a clip that has a stale one; all of them are stale by their fingerprint.
@@ -104,13 +109,7 @@ def _with_output_fingerprints(rows: pa.Table, of_encoder: str, joint: bool) -> p
 
 
 def _existing(store: Store, encoder: str) -> pa.Table:
-    dataset = store.open_or_none(token_table(encoder))
-    if dataset is None:
-        empty = schema.token_embeddings(1)
-        fields = [empty.field(name) for name in [*KEYS, "fingerprint"]]
-        table = pa.schema([*fields, pa.field("_rowid", pa.uint64())]).empty_table()
-    else:
-        table = dataset.scanner(columns=[*KEYS, "fingerprint"], with_row_id=True).to_table()
+    table = store.rows(token_table(encoder), [*KEYS, "fingerprint"], schema.token_embeddings(1))
     return table.append_column("rows_per_key", pa.array([1] * table.num_rows, type=pa.int64()))
 
 

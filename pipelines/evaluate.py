@@ -11,7 +11,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import ray
 
-from cluster.searchers import Fleet, Hit, merge, search_exactly
+from cluster.readers import reading
+from cluster.searchers import Filter, Fleet, Hit, merge, search_exactly
 from cluster.session import Pool, check_schedule, cluster_resources, session
-from cluster.shards import plan_shards
+from cluster.shards import Shard, plan_shards
 from cluster.store import Store
 from operators.encoders import Query
 from operators.errors import ConfigError
@@ -68,13 +69,17 @@ def evaluate(config: Config, queries: Path, qrels: Path, out: Path | None, path:
     release = open_release(store)
     encoder = release.load_encoder(num_threads=os.cpu_count() or 1)
     embedded = encoder.encode_queries([Query(text=query.text) for query in judged])
-    with session(
-        config.ray.address, config.ray.num_cpus, config.ray.object_store_bytes, config.ray.no_progress_seconds
+    ray_config, depth = config.ray, config.evaluate.depth
+    with (
+        reading(store, release.release_id),
+        session(ray_config.address, ray_config.num_cpus, ray_config.object_store_bytes, ray_config.no_progress_seconds),
     ):
         exact = None
         if path == "exact" or config.evaluate.compare_exact:
-            exact = _search_exactly(config, store, release, embedded)
-        hits = exact if path == "exact" and exact is not None else _search_index(config, store, release, embedded)
+            table, version = release.token_table, release.manifest["version"]
+            shards = plan_shards(store, table, version, config.evaluate.shard_tokens)
+            exact = search_all(config, store, release, shards, embedded, depth)
+        hits = exact if path == "exact" and exact else search_index(config, store, release, embedded, depth)
     run = {query.query_id: of_query for query, of_query in zip(judged, hits, strict=True)}
     result = measure(judged, judgements, run, measures)
     result |= {
@@ -90,7 +95,15 @@ def evaluate(config: Config, queries: Path, qrels: Path, out: Path | None, path:
     return result
 
 
-def _search_index(config: Config, store: Store, release: Release, queries: Sequence[np.ndarray]) -> list[list[Hit]]:
+def search_index(
+    config: Config,
+    store: Store,
+    release: Release,
+    queries: Sequence[np.ndarray],
+    depth: int,
+    only: Filter | None = None,
+) -> list[list[Hit]]:
+    """Return the best ``depth`` videos of each encoded query, found on actors that hold the release's segments."""
     resources = cluster_resources()
     entries = release.manifest["segments"]
     actors = min(config.search.actors or max(1, int(resources["CPU"])), len(entries))
@@ -107,19 +120,22 @@ def _search_index(config: Config, store: Store, release: Release, queries: Seque
         search.device,
         pool.num_gpus,
     )
-    options, evaluate = search_options(config.search, config.evaluate.depth), config.evaluate
-    return [hits for batch in _batches(queries, evaluate.batch_queries) for hits in fleet.search(batch, options)]
+    options = replace(search_options(config.search, depth), filter=only or Filter())
+    return [hits for batch in _batches(queries, config.evaluate.batch_queries) for hits in fleet.search(batch, options)]
 
 
-def _search_exactly(config: Config, store: Store, release: Release, queries: Sequence[np.ndarray]) -> list[list[Hit]]:
-    table, version = release.token_table, release.tables[release.token_table]
-    shards = [ray.put(shard) for shard in plan_shards(store, table, version, config.evaluate.shard_tokens)]
+def search_all(
+    config: Config, store: Store, release: Release, shards: Sequence[Shard], queries: Sequence[np.ndarray], depth: int
+) -> list[list[Hit]]:
+    """Return the best ``depth`` videos of each encoded query, by every token embedding of some shards."""
+    table, version = release.token_table, release.manifest["version"]
+    sent_shards = [ray.put(shard) for shard in shards]
     task = ray.remote(search_exactly).options(num_cpus=1, max_retries=3)
-    depth, scorer = config.evaluate.depth, scorer_of(config.search)
+    scorer = scorer_of(config.search)
     found: list[list[Hit]] = []
     for batch in _batches(queries, config.evaluate.batch_queries):
         sent = ray.put(list(batch))
-        lists = ray.get([task.remote(shard, sent, store, table, version, depth, scorer) for shard in shards])
+        lists = ray.get([task.remote(shard, sent, store, table, version, depth, scorer) for shard in sent_shards])
         found += merge(lists, len(batch), depth)
     return found
 

@@ -7,6 +7,7 @@ and nothing else.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from cluster.commits import batch_rows, compact, write_receipt
@@ -47,6 +49,7 @@ class Work:
     rows: pa.Table
     difference: Difference
     num_quarantined: int
+    num_waiting: int
 
 
 class Fingerprints:
@@ -92,7 +95,7 @@ def extract(job: Job, dry_run: bool = False) -> None:
         fingerprints = Fingerprints(config)
         work = plan(job.store, config, fingerprints, job.quarantine())
         counts = job.summary.counts
-        counts.update(extract=work.rows.num_rows, quarantined=work.num_quarantined)
+        counts.update(extract=work.rows.num_rows, quarantined=work.num_quarantined, waiting=work.num_waiting)
         counts["worked_on"] = max(counts["worked_on"], work.rows.num_rows)
         if dry_run:
             return
@@ -105,48 +108,65 @@ def extract(job: Job, dry_run: bool = False) -> None:
 
 def plan(store: Store, config: ExtractConfig, fingerprints: Fingerprints, quarantine: Quarantine) -> Work:
     """Return what is missing: a row a video, longest first, with the stages wanted and their fingerprints."""
-    videos = store.open(VIDEOS)
-    expected, of_video = [], {}
-    scanner = videos.scanner(
-        columns=["video_id", "uri", "source_fingerprint", "title", "description", "tags", "duration_seconds"],
-        with_row_id=True,
-    )
-    for batch in scanner.to_batches():
-        for video in batch.to_pylist():
-            stages = fingerprints.of(video)
-            of_video[video["video_id"]] = (video["_rowid"], video["duration_seconds"] or 0.0, stages)
-            expected += [(video["video_id"], modality, stages[modality]) for modality in config.modalities]
-    columns = list(zip(*expected, strict=True)) or [(), (), ()]
-    names = ["video_id", "modality", "fingerprint"]
-    wanted = pa.table({name: pa.array(column, pa.string()) for name, column in zip(names, columns, strict=True)})
-    difference = compare(wanted, _existing(store), ["video_id", "modality"])
+    videos = _videos(store, fingerprints)
+    kinds = [
+        pa.table({"video_id": videos["video_id"], "fingerprint": videos[modality]}).append_column(
+            "modality", pa.array([modality] * videos.num_rows, pa.string())
+        )
+        for modality in config.modalities
+    ]
+    difference = compare(pa.concat_tables(kinds), _existing(store), ["video_id", "modality"])
 
     missing: dict[str, list[str]] = defaultdict(list)
-    quarantined = set()
-    for row in difference.missing.to_pylist():
-        stages = of_video[row["video_id"]][2]
-        if quarantine.holds(row["video_id"], {stage: stages[stage] for stage in BLOCKED_BY[row["modality"]]}):
-            quarantined.add(row["video_id"])
-        else:
-            missing[row["video_id"]].append(row["modality"])
-    longest_first = sorted(missing, key=lambda video_id: (-of_video[video_id][1], video_id))
-    rows = [_work_row(of_video[video_id], missing[video_id]) for video_id in longest_first]
-    return Work(pa.Table.from_pylist(rows, schema=_WORK), difference, len(quarantined))
+    for row in difference.missing.select(["video_id", "modality"]).to_pylist():
+        missing[row["video_id"]].append(row["modality"])
+    found = pc.index_in(pa.array(list(missing), pa.string()), value_set=videos["video_id"])
+    quarantined, waiting, now = set(), set(), time.time()
+    work = []
+    for video in videos.take(found).to_pylist():
+        video_id, wanted = video["video_id"], []
+        for modality in missing[video_id]:
+            stages = {stage: video[stage] for stage in BLOCKED_BY[modality]}
+            if quarantine.holds(video_id, stages):
+                quarantined.add(video_id)
+            elif quarantine.waits(video_id, stages, now):
+                waiting.add(video_id)
+            else:
+                wanted.append(modality)
+        if wanted:
+            work.append((-(video["duration_seconds"] or 0.0), video_id, _work_row(video, wanted)))
+    rows = [row for _, _, row in sorted(work, key=lambda item: item[:2])]
+    return Work(pa.Table.from_pylist(rows, schema=_WORK), difference, len(quarantined), len(waiting - quarantined))
+
+
+def _videos(store: Store, fingerprints: Fingerprints) -> pa.Table:
+    """Return row id, video_id, duration and the fingerprint of each stage of every video."""
+    rows = store.rows(
+        VIDEOS, ["video_id", "uri", "source_fingerprint", "title", "description", "tags", "duration_seconds"]
+    )
+    stages: dict[str, list[str]] = {stage: [] for stage in ("decode", *schema.MODALITIES)}
+    for batch in rows.to_batches(max_chunksize=10_000):
+        for video in batch.to_pylist():
+            for stage, value in fingerprints.of(video).items():
+                stages[stage].append(value)
+    found = rows.select(["_rowid", "video_id", "duration_seconds"])
+    for stage, values in stages.items():
+        found = found.append_column(stage, pa.array(values, pa.string()))
+    return found
 
 
 _FINGERPRINTS = pa.list_(pa.struct([("stage", pa.string()), ("fingerprint", pa.string())]))
 _WORK = pa.schema([("row_id", pa.uint64()), ("wanted", pa.list_(pa.string())), ("fingerprints", _FINGERPRINTS)])
 
 
-def _work_row(video: tuple[int, float, dict[str, str]], wanted: list[str]) -> dict[str, Any]:
-    row_id, _, stages = video
-    fingerprints = [{"stage": stage, "fingerprint": value} for stage, value in stages.items()]
-    return {"row_id": row_id, "wanted": [m for m in schema.MODALITIES if m in wanted], "fingerprints": fingerprints}
+def _work_row(video: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
+    fingerprints = [{"stage": stage, "fingerprint": video[stage]} for stage in ("decode", *schema.MODALITIES)]
+    ordered = [modality for modality in schema.MODALITIES if modality in wanted]
+    return {"row_id": video["_rowid"], "wanted": ordered, "fingerprints": fingerprints}
 
 
 def _existing(store: Store) -> pa.Table:
-    columns = ["video_id", "modality", "fingerprint", "num_clips"]
-    table = store.open(MODALITIES).scanner(columns=columns, with_row_id=True).to_table()
+    table = store.rows(MODALITIES, ["video_id", "modality", "fingerprint", "num_clips"])
     return table.rename_columns(["video_id", "modality", "fingerprint", "rows_per_key", "_rowid"])
 
 

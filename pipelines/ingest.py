@@ -18,19 +18,20 @@ import ray.data
 from cluster.commits import write_receipt
 from cluster.freshness import compare
 from cluster.session import TASK_CPUS, blocks, check_schedule, plan_actors
-from cluster.store import VIDEOS, Store
+from cluster.store import FAILURES, VIDEOS
 from operators import schema
 from operators.decode import Probe
+from operators.errors import GateFailedError
 from operators.fingerprint import fingerprint
 from pipelines import manifest
-from pipelines.job import Job, forget_failures
+from pipelines.job import SAMPLES, Job, forget, forget_failures
 from pipelines.manifest import Entry
 from pipelines.progress import Progress
 
 STAGE = "ingest"
 
 
-def ingest(job: Job, manifest_uri: str, dry_run: bool = False) -> None:
+def ingest(job: Job, manifest_uri: str, remove_gone: bool = False, dry_run: bool = False) -> None:
     """Bring ``videos`` up to date with a manifest.
 
     Parameters
@@ -39,19 +40,51 @@ def ingest(job: Job, manifest_uri: str, dry_run: bool = False) -> None:
         The run, which holds the store.
     manifest_uri
         A JSONL, CSV or Parquet file, a folder, or an object-store prefix.
+    remove_gone
+        Delete the videos that the manifest no longer lists; the jobs that follow delete what was made of them.
     dry_run
         Only count what would be done.
+
+    Raises
+    ------
+    ConfigError
+        If the manifest cannot be read as a whole; nothing was written then.
+    GateFailedError
+        If more videos are gone than ``gates.max_gone`` allows; nothing was written then.
     """
-    config = job.config.ingest
     with job.timed(STAGE):
-        for chunk in manifest.read(manifest_uri, config.source, config.chunk_rows):
-            _ingest_chunk(job, chunk, dry_run)
+        existing = job.store.rows(VIDEOS, ["video_id", "fingerprint"])
+        listed = manifest.check(manifest_uri, job.config.ingest)
+        gone = existing.filter(pc.invert(pc.is_in(existing["video_id"], value_set=listed)))
+        if remove_gone:
+            _limit_gone(job, gone.num_rows, existing.num_rows)
+            job.summary.counts["gone"] = gone.num_rows
+            job.summary.sample("gone", gone["video_id"].slice(0, SAMPLES).to_pylist())
+        for chunk in manifest.read(manifest_uri, job.config.ingest):
+            _ingest_chunk(job, chunk, existing, dry_run)
+        if remove_gone and gone.num_rows and not dry_run:
+            job.lease.check()
+            job.store.delete_rows(VIDEOS, gone["_rowid"].to_pylist())
+        if remove_gone and not dry_run:
+            rows = job.store.rows(FAILURES, ["video_id"])
+            forget(job, rows.filter(pc.invert(pc.is_in(rows["video_id"], value_set=listed))))
 
 
-def _ingest_chunk(job: Job, chunk: Sequence[Entry], dry_run: bool) -> None:
+def _limit_gone(job: Job, num_gone: int, num_videos: int) -> None:
+    limit = job.config.gates.max_gone
+    if limit is not None and num_gone > max(limit * num_videos, job.config.allowed_failures):
+        raise GateFailedError(
+            f"the manifest no longer lists {num_gone} of {num_videos} videos, more than gates.max_gone {limit:g} allows. "
+            "Nothing was changed. If they are really gone, run once with --set gates.max_gone=1."
+        )
+
+
+def _ingest_chunk(job: Job, chunk: Sequence[Entry], existing: pa.Table, dry_run: bool) -> None:
     failed = [entry for entry in chunk if entry.error]
     table = _to_arrow([entry for entry in chunk if not entry.error])
-    difference = compare(table, _existing(job.store, table["video_id"]), ["video_id"])
+    known = existing.filter(pc.is_in(existing["video_id"], value_set=table["video_id"]))
+    known = known.append_column("rows_per_key", pa.array([1] * known.num_rows, pa.int64()))
+    difference = compare(table, known, ["video_id"])
     surplus = set(difference.surplus_row_ids)
     job.summary.counts.update(
         listed=len(chunk),
@@ -60,6 +93,9 @@ def _ingest_chunk(job: Job, chunk: Sequence[Entry], dry_run: bool) -> None:
         unchanged=difference.num_fresh,
         worked_on=len(failed) + difference.missing.num_rows,
     )
+    is_known = pc.is_in(difference.missing["video_id"], value_set=known["video_id"])
+    job.summary.sample("changed", difference.missing.filter(is_known)["video_id"].to_pylist())
+    job.summary.sample("new", difference.missing.filter(pc.invert(is_known))["video_id"].to_pylist())
     if dry_run:
         return
     if difference.missing.num_rows:
@@ -127,12 +163,6 @@ def _to_arrow(entries: Sequence[Entry]) -> pa.Table:
         for entry in entries
     ]
     return pa.Table.from_pylist(rows, schema=wanted)
-
-
-def _existing(store: Store, video_ids: pa.ChunkedArray) -> pa.Table:
-    table = store.open(VIDEOS).scanner(columns=["video_id", "fingerprint"], with_row_id=True).to_table()
-    table = table.filter(pc.is_in(table["video_id"], value_set=video_ids))
-    return table.append_column("rows_per_key", pa.array([1] * table.num_rows, type=pa.int64()))
 
 
 def _video_rows(batch: pa.Table) -> pa.Table:

@@ -51,7 +51,7 @@ class Entry:
     error: ItemError | None = None
 
 
-def read(manifest: str, source: str, chunk_rows: int) -> Iterator[list[Entry]]:
+def read(manifest: str, config: Any) -> Iterator[list[Entry]]:
     """Yield the entries of a manifest in chunks.
 
     Parameters
@@ -66,6 +66,7 @@ def read(manifest: str, source: str, chunk_rows: int) -> Iterator[list[Entry]]:
     ConfigError
         If there is no such manifest, or it is not of a kind that can be read.
     """
+    source, chunk_rows = config.source, config.chunk_rows
     filesystem, path = _locate(manifest)
     info = filesystem.get_file_info(path)
     if info.type == pyarrow.fs.FileType.Directory:
@@ -87,6 +88,13 @@ def read(manifest: str, source: str, chunk_rows: int) -> Iterator[list[Entry]]:
             chunk = []
     if chunk:
         yield chunk
+
+
+def check(manifest: str, config: Any) -> pa.ChunkedArray:
+    """Temporary."""
+    return pa.chunked_array(
+        [pa.array([e.video_id for e in c], pa.string()) for c in read(manifest, config)], pa.string()
+    )
 
 
 def _locate(uri: str) -> tuple[Any, str]:

@@ -44,7 +44,7 @@ def summary(result: Json) -> None:
     """Print what a run of index, ingest, extract or encode did."""
     console, counts = _console(), result["counts"]
     if "listed" in counts:
-        names = ("listed", "new", "changed", "unchanged", "quarantined")
+        names = ("listed", "new", "changed", "gone", "unchanged", "quarantined", "waiting")
         console.print("videos    " + " · ".join(f"{counts.get(name, 0)} {name}" for name in names))
     if "extract" in counts or "encode" in counts:
         console.print(f"work      extract {counts.get('extract', 0)} videos · encode {counts.get('encode', 0)} clips")
@@ -100,9 +100,101 @@ def index(result: Json) -> None:
         )
         plan += f", {counts['rescored']} rescored" if counts["rescored"] else ""
         console.print(f"search    the first 10 to search.recall by {plan}")
-        console.print(f"release   {counts['release']} published")
+        if made := result["index"]:
+            _print_upkeep(console, made)
+        console.print(f"release   {counts['release']} {result['release']['state']}")
     console.print("seconds   " + " · ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
     _print_next(console, result)
+
+
+def _print_upkeep(console: Console, made: Json) -> None:
+    if made["rebuilt"]:
+        console.print(f"built     from nothing: {made['rebuilt']}")
+    drift = "" if made["drift"] is None else f" · drift {made['drift']:+.1%}"
+    console.print(
+        f"upkeep    {made['new_segments']} new segments · {made['merged_segments']} merged · "
+        f"{made['dead_clips']} clips with tombstones{drift}"
+    )
+
+
+def plan(result: Json) -> None:
+    """Print what a night would do, and what it would take."""
+    summary(result)
+    estimate = result["estimate"]
+    if not estimate["from_nights"]:
+        console_line = "estimate  none: no earlier night to judge by"
+    else:
+        parts = " · ".join(f"{name} {value:.0f}" for name, value in estimate["seconds"].items())
+        console_line = f"estimate  seconds, by the last {estimate['from_nights']} nights: {parts}"
+    console = _console()
+    console.print(console_line)
+    if estimate["cost"]:
+        console.print(f"cost      {estimate['cost']['amount']:.2f} {estimate['cost']['currency']}")
+    console.print("Nothing was written.")
+
+
+def report(result: Json) -> None:
+    """Print a morning report."""
+    from pipelines.report import to_text
+
+    print(to_text(result), end="")
+
+
+def live(result: Json) -> None:
+    """Print which release readers now see."""
+    _console().print(f"release {result['live']} is live")
+
+
+def releases(result: Json) -> None:
+    """Print releases, a line each."""
+    console = _console()
+    table = Table(box=None, pad_edge=False)
+    for column in ("release", "state", "made", "published", "index", "reason"):
+        table.add_column(column, justify="right" if column == "release" else "left", no_wrap=column != "reason")
+    for release in result["releases"]:
+        state = "LIVE" if release["live"] else release["state"]
+        cells = (state, _time(release["made"]), _time(release["published"]), release["index_id"], release["reason"])
+        table.add_row(str(release["release_id"]), *map(Text, cells))
+    console.print(table if result["releases"] else "no releases yet")
+
+
+def _time(when: Any) -> str:
+    return f"{when:%Y-%m-%d %H:%M}" if when else ""
+
+
+def runs(result: Json) -> None:
+    """Print runs, a line each."""
+    console = _console()
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "job", "status", "started", "seconds", "what"):
+        table.add_column(column, justify="right" if column == "seconds" else "left", no_wrap=column != "what")
+    for run in result["runs"]:
+        seconds = f"{(run['stopped'] - run['started']).total_seconds():.0f}" if run["stopped"] else ""
+        status = run["status"] if not run["exit_code"] else f"{run['status']} ({run['exit_code']})"
+        changes = [f"{run['counts'][name]} {name}" for name in ("new", "changed", "gone") if run["counts"].get(name)]
+        cells = (run["job"], status, _time(run["started"]), seconds, run["headline"] or ", ".join(changes))
+        table.add_row(run["run_id"], *map(Text, cells))
+    console.print(table if result["runs"] else "no runs yet")
+
+
+def forgotten(result: Json) -> None:
+    """Print which videos will be tried again."""
+    videos = result["forgotten"]
+    shown = ", ".join(videos[:10]) + (", ..." if len(videos) > 10 else "")
+    _console().print(f"{len(videos)} videos will be tried again by the next run: {shown}", markup=False)
+
+
+def collected(result: Json) -> None:
+    """Print what gc deleted, or would."""
+    would = "would delete" if result["dry_run"] else "deleted"
+    releases_gone = ", ".join(map(str, result["releases"])) or "none"
+    console = _console()
+    console.print(
+        f"{would} {result['files']} files, {size(result['bytes'])}, and {result['versions']} old versions of tables"
+    )
+    console.print(
+        f"releases  {releases_gone} no longer to be opened · kept: {', '.join(map(str, result['kept'])) or 'none'}"
+    )
 
 
 def results(result: Json) -> None:

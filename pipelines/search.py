@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.readers import reading
 from cluster.searchers import Filter, Hit, SearchOptions, SegmentHolder
 from cluster.store import MODALITIES, VIDEOS, Store
 from operators import schema
@@ -83,6 +84,13 @@ def search(config: Config, text: str, k: int, explain: bool = False, wanted: Wan
     """
     store = open_store(config)
     release = open_release(store)
+    with reading(store, release.release_id):
+        return _search(config, store, release, text, k, explain, wanted)
+
+
+def _search(
+    config: Config, store: Store, release: Release, text: str, k: int, explain: bool, wanted: Wanted
+) -> list[Found]:
     encoder = release.load_encoder(num_threads=os.cpu_count() or 1)
     query = Query(text=text)
     embedded = encoder.encode_queries([query])

@@ -69,11 +69,25 @@ def test_rows_that_nothing_expects_are_surplus():
 
 
 def test_a_failure_is_quarantined_when_it_is_final_or_was_tried_often_enough():
-    known = {("v", "decode"): ("f", 3, False), ("w", "decode"): ("f", 1, True), ("x", "decode"): ("f", 2, False)}
-    quarantine = Quarantine(known, max_attempts=3)
+    known = {"v": ("f", 3, False, 0.0), "w": ("f", 1, True, 0.0), "x": ("f", 2, False, 0.0)}
+    known = {(video, "decode"): failure for video, failure in known.items()}
+    quarantine = Quarantine(known, max_attempts=3, wait_seconds=60)
     assert [quarantine.is_out(video, "decode", "f") for video in "vwxy"] == [True, True, False, False]
 
 
 def test_a_changed_source_leaves_quarantine():
-    quarantine = Quarantine({("v", "decode"): ("f", 9, True)}, max_attempts=3)
+    quarantine = Quarantine({("v", "decode"): ("f", 9, True, 0.0)}, max_attempts=3, wait_seconds=60)
     assert not quarantine.holds("v", {"decode": "changed"})
+
+
+def test_each_further_attempt_waits_twice_as_long():
+    known = {("once", "decode"): ("f", 1, False, 1000.0), ("twice", "decode"): ("f", 2, False, 1000.0)}
+    quarantine = Quarantine(known, max_attempts=9, wait_seconds=60)
+    waits = {
+        (video, now): quarantine.waits(video, {"decode": "f"}, now)
+        for video in ("once", "twice")
+        for now in (1059, 1061, 1121)
+    }
+    assert [waits["once", now] for now in (1059, 1061)] == [True, False]
+    assert [waits["twice", now] for now in (1061, 1121)] == [True, False]
+    assert not quarantine.waits("once", {"decode": "changed"}, 1001)

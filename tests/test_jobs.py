@@ -10,75 +10,16 @@ import pytest
 
 from cluster.index_store import read_codec
 from cluster.searchers import Fleet, SearchOptions, SegmentHolder
-from cluster.store import FAILURES, MODALITIES, RUNS, STORAGE_VERSION, VIDEOS, Store, token_table
+from cluster.store import FAILURES, MODALITIES, RUNS, STORAGE_VERSION, VIDEOS
 from operators.errors import ConfigError, ModelError, ScheduleError, StorageError, TooManyFailuresError
 from operators.maxsim import make_scorer
 from operators.schema import MODALITIES as MODALITY_NAMES
 from pipelines import build_index as build_index_module
 from pipelines import evaluate as evaluation
-from pipelines.build_index import build_index
-from pipelines.config import load
-from pipelines.encode import encode
-from pipelines.extract import extract
-from pipelines.ingest import ingest
-from pipelines.job import check_failure_rate, open_job
 from pipelines.release import open_release
 from pipelines.search import Wanted, search
+from tests.corpus import TOKENS, Corpus
 from tests.media_files import make_video
-
-TOKENS = token_table("multivector")
-
-
-class Corpus:
-    """Five videos and a broken one, a store, and the commands."""
-
-    def __init__(self, folder, model):
-        self.folder, self.model = folder, model
-        self.rows = [
-            {"video_id": f"v{i}", "uri": f"v{i}.mp4", "title": title, "tags": [["even"], ["odd"]][i % 2]}
-            for i, title in enumerate(["red cat", "blue dog", "green moon", "red moon", "blue cat"])
-        ] + [{"video_id": "broken", "uri": "broken.mp4", "title": "green dog"}]
-        for i in range(5):
-            make_video(folder / f"v{i}.mp4", levels=[40 + 40 * i] * 10)
-        (folder / "broken.mp4").write_bytes(b"this is not a video")
-        self.store = Store.at(str(folder / "store"))
-
-    @property
-    def manifest(self):
-        path = self.folder / "manifest.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        return str(path)
-
-    def config(self, *assignments):
-        return load(
-            [],
-            [
-                "extract.modalities=[frame,metadata]",
-                "extract.frames.frames_per_clip=2",
-                "encode.encoder=multivector",
-                f"encode.multivector.model={self.model}/late",
-                "max_failure_rate=0.5",
-                *assignments,
-            ],
-            self.store.uri,
-        )
-
-    def index(self, *assignments, dry_run=False):
-        with open_job(self.config(*assignments), "index") as job:
-            ingest(job, self.manifest, dry_run)
-            extract(job, dry_run)
-            encode(job, dry_run)
-        return job
-
-    def build(self, *assignments):
-        with open_job(self.config(*assignments), "build-index") as job:
-            return build_index(job)
-
-    def versions(self):
-        return {name: self.store.open(name).version for name in (VIDEOS, MODALITIES, TOKENS)}
-
-    def table(self, name, *columns):
-        return self.store.open(name).to_table(columns=list(columns) or None).to_pylist()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +27,7 @@ def indexed(tmp_path_factory, tiny_model, cluster):
     """A corpus that was indexed and built once; tests that change it make their own."""
     corpus = Corpus(tmp_path_factory.mktemp("corpus"), tiny_model)
     corpus.job = corpus.index()
-    corpus.manifest_of_index = corpus.build("build_index.nbits=8", "build_index.segment_tokens=10")
+    corpus.build("build_index.nbits=8", "build_index.segment_tokens=10")
     return corpus
 
 
@@ -133,7 +74,7 @@ def test_the_run_is_recorded_with_its_config_and_counts(indexed):
     runs = {row["job"]: row for row in indexed.table(RUNS)}
     assert runs["index"]["status"] == "ok"
     assert json.loads(runs["index"]["config"])["encode"]["encoder"] == "multivector"
-    assert json.loads(runs["index"]["counts"])["new"] == 6
+    assert json.loads(runs["index"]["summary"])["counts"]["new"] == 6
 
 
 def test_a_second_run_does_no_work(fresh):
@@ -179,7 +120,7 @@ def test_a_missing_file_fails_alone_and_is_tried_again(fresh):
         job = fresh.index("max_failure_rate=0.9")
         [failure] = fresh.table(FAILURES)
         assert (failure["error"], failure["attempts"]) == ("SourceError", attempt)
-    check_failure_rate(job)  # known for a night: not a reason to fail again
+    job.limit_failures()  # known for a night: not a reason to fail again
     assert [row["video_id"] for row in fresh.table(VIDEOS)] == ["v0"]
     assert job.summary.counts["worked_on"] == 1
 
@@ -188,7 +129,7 @@ def test_more_failures_than_allowed_end_with_their_own_error(fresh):
     fresh.rows = fresh.rows[-1:]
     job = fresh.index()
     with pytest.raises(TooManyFailuresError, match="1 of 1 videos failed for the first time"):
-        check_failure_rate(job)
+        job.limit_failures()
 
 
 def test_a_job_that_cannot_be_scheduled_says_so_at_once(fresh):
@@ -358,8 +299,8 @@ def test_a_codec_trained_by_several_actors_is_that_of_one(indexed, monkeypatch):
     codecs = []
     for min_tokens in (10**9, 1):
         monkeypatch.setattr(build_index_module, "MIN_ACTOR_TOKENS", min_tokens)
-        manifest = indexed.build("build_index.segment_tokens=10")
-        codecs.append(read_codec(indexed.store, manifest["index_id"]))
+        _, manifest = indexed.build("build_index.segment_tokens=10", full=True)
+        codecs.append(read_codec(indexed.store, manifest["codec"]))
     alone, together = codecs
     np.testing.assert_allclose(together.centroids.floats, alone.centroids.floats, atol=2 * alone.centroids.step)
     np.testing.assert_allclose(together.levels, alone.levels, rtol=1e-3)
