@@ -496,22 +496,16 @@ def _index(tonight: Night) -> dict[str, Any] | None:
 
 def _cost(tonight: Night, prices: Prices, now: datetime) -> dict[str, Any]:
     """Return what the run cost, and what the store costs a month: a night's work and a month's rent are not added up."""
-    resources, seconds = tonight.part("resources"), tonight.total_seconds(now)
+    resources, took = tonight.part("resources"), tonight.total_seconds(now)
     cpus, gpus = _number(resources.get("CPU")), _number(resources.get("GPU")) or 0.0
-    known = cpus is not None and seconds is not None
-    cpu_hours = cpus * seconds / 3600 if cpus is not None and seconds is not None else None
-    gpu_hours = gpus * seconds / 3600 if known and seconds is not None else None
-    num_bytes = _number(tonight.summary.get("store_bytes"))
-    return {
-        "currency": prices.currency,
-        "cpu_hours": cpu_hours,
-        "gpu_hours": gpu_hours,
-        "run": None
-        if cpu_hours is None or gpu_hours is None
-        else cpu_hours * prices.cpu_hour + gpu_hours * prices.gpu_hour,
-        "store_bytes": num_bytes,
-        "store_month": None if num_bytes is None else num_bytes / GB * prices.gb_month,
-    }
+    stored = _number(tonight.summary.get("store_bytes"))
+    cost: dict[str, Any] = {"currency": prices.currency, "cpu_hours": None, "gpu_hours": None, "run": None}
+    if cpus is not None and took is not None:
+        cpu_hours, gpu_hours = cpus * took / 3600, gpus * took / 3600
+        amount_due = cpu_hours * prices.cpu_hour + gpu_hours * prices.gpu_hour
+        cost |= {"cpu_hours": cpu_hours, "gpu_hours": gpu_hours, "run": amount_due}
+    month = None if stored is None else stored / GB * prices.gb_month
+    return cost | {"store_bytes": stored, "store_month": month}
 
 
 def _night(night: Night, now: datetime) -> dict[str, Any]:

@@ -522,3 +522,9 @@ def test_no_form_shows_a_credential_or_a_query():
     for shown in (json.dumps(document), to_text(document), to_html(document)):
         assert "hunter2" not in shown and "signature" not in shown and "secret" not in shown
     assert document["store"] == "s3://bucket/a store"
+
+
+def test_a_long_message_is_not_cut_in_the_middle_of_a_credential():
+    message = "x" * 970 + " https://user:hunter2-and-the-rest-of-a-long-password@host/a.mp4"
+    document = report(night(20, failures=[failure("a", message=message)]))
+    assert "hunter2" not in json.dumps(document)
