@@ -372,7 +372,6 @@ def nightly(
     def work(loaded: Config) -> Any:
         from operators.errors import MaxreelError
         from pipelines import nightly
-        from pipelines.report import write_report
 
         job = _job("nightly", lambda job: nightly.nightly(job, dry_run), dry_run=dry_run)
         if dry_run:
@@ -381,9 +380,9 @@ def nightly(
             run_id = job(loaded)["run_id"]
         except MaxreelError as error:
             if error.result is not None:
-                error.result = write_report(loaded, error.result["run_id"])
+                error.result = nightly.keep_report(loaded, error.result["run_id"])
             raise
-        return write_report(loaded, run_id)
+        return nightly.keep_report(loaded, run_id)
 
     _run(work, render.plan if dry_run else render.report, config, assignments, store, as_json, verbose, quiet)
 
@@ -492,11 +491,11 @@ def report(
     from pipelines import render
 
     def work(loaded: Config) -> Any:
-        from pipelines.report import of_run, save
+        from pipelines.nightly import report_of, save_report
 
-        made = of_run(loaded, run)
+        made = report_of(loaded, run)
         if out is not None:
-            save(made, out)
+            save_report(made, out)
         return made
 
     _run(work, render.report, config, assignments, store, as_json, verbose, quiet)

@@ -8,6 +8,7 @@ every token embedding and is the oracle of the index's recall.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -79,7 +80,10 @@ def evaluate(config: Config, queries: Path, qrels: Path, out: Path | None, path:
             table, version = release.token_table, release.manifest["version"]
             shards = plan_shards(store, table, version, config.evaluate.shard_tokens)
             exact = search_all(config, store, release, shards, embedded, depth)
-        hits = exact if path == "exact" and exact else search_index(config, store, release, embedded, depth)
+        if path == "exact" and exact is not None:
+            hits = exact
+        else:
+            hits = search_fleet(config, open_fleet(config, store, release), embedded, depth)
     run = {query.query_id: of_query for query, of_query in zip(judged, hits, strict=True)}
     result = measure(judged, judgements, run, measures)
     result |= {
@@ -95,23 +99,20 @@ def evaluate(config: Config, queries: Path, qrels: Path, out: Path | None, path:
     return result
 
 
-def search_index(
-    config: Config,
-    store: Store,
-    release: Release,
-    queries: Sequence[np.ndarray],
-    depth: int,
-    only: Filter | None = None,
-) -> list[list[Hit]]:
-    """Return the best ``depth`` videos of each encoded query, found on actors that hold the release's segments."""
-    resources = cluster_resources()
+ACTOR_TOKENS = 500_000
+"""Of an index: fewer are not worth another process."""
+
+
+def open_fleet(config: Config, store: Store, release: Release) -> Fleet:
+    """Return actors that hold a release's segments."""
+    resources, search = cluster_resources(), config.search
     entries = release.manifest["segments"]
-    actors = min(config.search.actors or max(1, int(resources["CPU"])), len(entries))
-    search = config.search
+    useful = math.ceil(release.manifest["num_tokens"] / ACTOR_TOKENS)
+    actors = min(search.actors or min(useful, max(1, int(resources["CPU"]))), len(entries))
     num_gpus = 0.0 if search.device == "cpu" else min(1.0, resources.get("GPU", 0.0) / actors) or 1.0
     pool = Pool("segments", actors, min(1.0, resources["CPU"] / actors), num_gpus)
     check_schedule([pool], 0, resources)
-    fleet = Fleet(
+    return Fleet(
         store,
         release.manifest,
         pool.num_actors,
@@ -120,6 +121,12 @@ def search_index(
         search.device,
         pool.num_gpus,
     )
+
+
+def search_fleet(
+    config: Config, fleet: Fleet, queries: Sequence[np.ndarray], depth: int, only: Filter | None = None
+) -> list[list[Hit]]:
+    """Return the best ``depth`` videos of each encoded query, in batches."""
     options = replace(search_options(config.search, depth), filter=only or Filter())
     return [hits for batch in _batches(queries, config.evaluate.batch_queries) for hits in fleet.search(batch, options)]
 

@@ -21,7 +21,16 @@ from operators import schema
 from operators.calibrate import sample_queries
 from operators.encoders import Query
 from pipelines.config import GatesConfig
-from pipelines.evaluate import JudgedQuery, measure, parse_measures, read_qrels, read_queries, search_all, search_index
+from pipelines.evaluate import (
+    JudgedQuery,
+    measure,
+    open_fleet,
+    parse_measures,
+    read_qrels,
+    read_queries,
+    search_all,
+    search_fleet,
+)
 from pipelines.job import Job
 from pipelines.release import Release
 
@@ -83,41 +92,42 @@ def _quality(job: Job, draft: Release, live: Release | None) -> Iterator[Gate]:
     judged, own, queries = _queries(config, store, draft, rows)
     if not queries:
         return
+    fleet = open_fleet(job.config, store, draft)
     if config.min_recall is not None:
         shards, only = _sample(rows, config.sample_tokens)
-        found = search_index(job.config, store, draft, queries, DEPTH + 1, only)
+        found = search_fleet(job.config, fleet, queries, DEPTH + 1, only)
         exact = search_all(job.config, store, draft, shards, queries, DEPTH + 1)
         value = _overlap(found, exact, own)
         detail = f"share of the exact first {DEPTH} that the index finds, {len(queries)} queries"
         yield _gate("recall", value, config.min_recall, value >= config.min_recall, detail)
     if judged and config.canary_qrels is not None:
-        yield from _judged(job, draft, live, judged, queries)
+        found = search_fleet(job.config, fleet, queries, job.config.evaluate.depth)
+        yield from _judged(job, live, judged, found)
     elif config.min_overlap is not None and live and live.encoder_fingerprint == draft.encoder_fingerprint:
-        found = search_index(job.config, store, draft, queries, DEPTH + 1)
-        before = search_index(job.config, store, live, queries, DEPTH + 1)
+        found = search_fleet(job.config, fleet, queries, DEPTH + 1)
+        before = search_fleet(job.config, open_fleet(job.config, store, live), queries, DEPTH + 1)
         value = _overlap(found, before, own)
         detail = f"share of the live release's first {DEPTH} that are found again, {len(queries)} queries"
         yield _gate("overlap with live", value, config.min_overlap, value >= config.min_overlap, detail)
 
 
 def _judged(
-    job: Job, draft: Release, live: Release | None, judged: Sequence[JudgedQuery], queries: Sequence[np.ndarray]
+    job: Job, live: Release | None, judged: Sequence[JudgedQuery], found: Sequence[list[Hit]]
 ) -> Iterator[Gate]:
     config = job.config.gates
     assert config.canary_qrels is not None
     [first] = parse_measures(job.config.evaluate.measures[:1])
-    found = search_index(job.config, job.store, draft, queries, job.config.evaluate.depth)
     run = {query.query_id: hits for query, hits in zip(judged, found, strict=True)}
     result = measure(judged, read_qrels(config.canary_qrels), run, [first])
     value, name = result["measures"]["all"][str(first)], str(first)
     if config.min_quality is not None:
-        yield _gate(name, value, config.min_quality, value >= config.min_quality, f"{len(queries)} canary queries")
+        yield _gate(name, value, config.min_quality, value >= config.min_quality, f"{len(judged)} canary queries")
     before = (
         next((gate["value"] for gate in live.gates if gate["name"] == f"{name} against live"), None) if live else None
     )
     if config.max_quality_drop is not None:
         limit = value if before is None else before - config.max_quality_drop
-        detail = f"{len(queries)} canary queries, live " + ("not measured" if before is None else f"{before:.3f}")
+        detail = f"{len(judged)} canary queries, live " + ("not measured" if before is None else f"{before:.3f}")
         yield _gate(f"{name} against live", value, limit, value >= limit, detail)
 
 

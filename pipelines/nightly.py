@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import obstore
+
 from cluster.store import RUNS
+from operators import schema
 from operators.errors import ConfigError, GateFailedError, TooManyFailuresError
 from pipelines import gates
 from pipelines.build_index import update_index
+from pipelines.config import Config
 from pipelines.encode import encode
 from pipelines.extract import extract
 from pipelines.gc import gc
 from pipelines.ingest import ingest
-from pipelines.job import Job
+from pipelines.job import Job, open_store
 from pipelines.release import Release, find_live, open_release, publish, refuse
+from pipelines.report import Prices, make_report, to_html
 
 NIGHTS = 7
 """Earlier runs that an estimate and a report look at."""
@@ -87,6 +93,41 @@ def _release(job: Job, live: Release | None, stays: str) -> None:
     summary.headline = (
         f"published release {release_id}: {changes}, {len({f['video_id'] for f in summary.failures})} failed"
     )
+
+
+def report_of(config: Config, run: str) -> dict[str, Any]:
+    """Return the report of a run, ``last`` for the last night, against the nights before it.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such run.
+    """
+    store = open_store(config)
+    store.open(RUNS)
+    rows = store.rows(RUNS, schema.RUNS.names).sort_by("started").to_pylist()
+    wanted = [row for row in rows if row["run_id"] == run or (run == "last" and row["job"] == "nightly")]
+    if not wanted:
+        raise ConfigError(f"there is no run {run!r}; `maxreel runs --store {store.uri}` lists those there are")
+    row = wanted[-1]
+    earlier = [night for night in rows if night["job"] == row["job"] and night["started"] < row["started"]]
+    prices = Prices(**config.prices.model_dump()) if config.prices else None
+    return make_report(row, earlier, store.uri, prices)
+
+
+def keep_report(config: Config, run_id: str) -> dict[str, Any]:
+    """Return the report of a run, and keep it in the store as ``reports/<run>.html`` and ``.json``."""
+    report, store = report_of(config, run_id), open_store(config)
+    store.put_json(f"reports/{run_id}.json", report)
+    obstore.put(store.objects, f"reports/{run_id}.html", to_html(report).encode())
+    return report
+
+
+def save_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write a report to a folder, as ``report.html`` and ``report.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(to_html(report), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def estimate(job: Job) -> None:

@@ -10,10 +10,14 @@ import pytest
 
 from cluster.lease import Lease
 from cluster.readers import being_read, reading
+from cluster.shards import plan_shards
 from cluster.store import FAILURES, FORMAT_PATH, MODALITIES, RELEASES, RUNS, VIDEOS, Store, token_table
+from operators.encoders import Query
 from operators.errors import ConfigError, GateFailedError, StorageError, TooManyFailuresError
+from operators.schema import token_embeddings
+from pipelines.build_index import build_index
 from pipelines.config import load
-from pipelines.evaluate import search_all, search_index
+from pipelines.evaluate import open_fleet, search_all, search_fleet
 from pipelines.gc import gc
 from pipelines.job import open_job
 from pipelines.nightly import nightly
@@ -100,37 +104,82 @@ def test_a_night_does_what_changed_and_nothing_else(nights):
     assert nights.found("word1 word2") == set(nights.titles), "what is gone is not found, all else is"
 
 
-def test_an_index_of_many_increments_ranks_as_one_built_at_once(nights):
-    """Twenty nights of churn: merged, with tombstones; then the same tokens built from nothing."""
-    rng = np.random.default_rng(1)
-    limits = ["gates.max_gone=1", "gates.max_token_change=null", "build_index.retrain_growth=99"]
-    limits += ["build_index.retrain_drift=99", "gc.after_nightly=false"]
-    merged = 0
+class Tokens:
+    """Token embeddings that change from night to night, and the index of them; nothing is extracted or encoded."""
+
+    WIDTH = 16
+
+    def __init__(self, folder):
+        self.rng = np.random.default_rng(0)
+        self.config = load(
+            [],
+            [
+                "encode.encoder=lexical",
+                "build_index.nbits=8",
+                "build_index.segment_tokens=3000",
+                "build_index.retrain_growth=99",
+            ],
+            str(folder / "store"),
+        )
+        self.store = Store.at(self.config.store)
+        self.video_ids, self.made = [], 0
+
+    def add(self, count):
+        rows = []
+        for _ in range(count):
+            self.made += 1
+            self.video_ids.append(f"v{self.made:04d}")
+            for modality in ("speech", "metadata"):
+                tokens = self.rng.standard_normal((int(self.rng.integers(0, 12)), self.WIDTH))
+                tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+                row = {"video_id": self.video_ids[-1], "clip": 0, "modality": modality, "encoder": "lexical"}
+                row |= {"start_seconds": 0.0, "stop_seconds": 9.0, "num_tokens": len(tokens)}
+                rows.append(row | {"embeddings": list(tokens.astype(np.float16)), "span_index": [0] * len(tokens)})
+        self.store.append(TOKENS, pa.Table.from_pylist(rows, schema=token_embeddings(self.WIDTH)))
+
+    def remove(self, count):
+        gone = set(self.rng.choice(self.video_ids, count, replace=False).tolist())
+        self.video_ids = [video for video in self.video_ids if video not in gone]
+        rows = self.store.rows(TOKENS, ["video_id"])
+        keep = [video in gone for video in rows["video_id"].to_pylist()]
+        self.store.delete_rows(TOKENS, rows.filter(pa.array(keep))["_rowid"].to_pylist())
+
+    def build(self, full=False):
+        with open_job(self.config, "build-index") as job:
+            build_index(job, full)
+        return job.summary, open_release(self.store)
+
+
+def test_an_index_of_many_increments_ranks_as_one_built_at_once(tmp_path, cluster):
+    """Twenty times clips come and go, and the table is compacted: merged, with tombstones; then built from nothing."""
+    tokens, merged = Tokens(tmp_path), 0
+    tokens.store.prepare()
+    tokens.store.create(TOKENS, token_embeddings(Tokens.WIDTH))
+    tokens.add(300)
+    tokens.build()
     for night in range(20):
-        for gone in rng.choice(list(nights.titles), 2, replace=False):
-            del nights.titles[gone]
-        nights.titles[rng.choice(list(nights.titles))] = nights.title()
-        nights.titles |= {f"n{night}-{i}": nights.title() for i in range(3)}
-        summary = nights.night(*limits)
-        merged += summary.counts["merged_segments"]
-    grown = open_release(nights.store)
+        tokens.remove(10)
+        tokens.add(12)
+        if night % 5 == 0:
+            tokens.store.open(TOKENS).optimize.compact_files()
+        merged += tokens.build()[0].counts["merged_segments"]
+    _, grown = tokens.build()
+    _, fresh = tokens.build(full=True)
     assert merged > 0
     assert grown.manifest["tombstones"]
-    assert len({entry["path"].split("/")[1] for entry in grown.manifest["segments"]}) > 1, "of several nights"
-    with nights.job() as job:
-        from pipelines.build_index import build_index
-
-        build_index(job, full=True)
-    fresh = open_release(nights.store)
     assert fresh.manifest["tombstones"] is None
-    config = nights.config("search.probes=0")
-    queries = grown.load_encoder(1).encode_queries(
-        [type("Q", (), {"text": " ".join(rng.choice(WORDS, 4))})() for _ in range(10)]
-    )
-    results = [search_index(config, nights.store, release, queries, 100) for release in (grown, fresh)]
+    assert len({entry["path"].split("/")[1] for entry in grown.manifest["segments"]}) > 1, "of several nights"
+    assert grown.manifest["num_tokens"] == fresh.manifest["num_tokens"]
+    queries = [tokens.rng.standard_normal((4, Tokens.WIDTH)).astype(np.float32) for _ in range(10)]
+    queries = [query / np.linalg.norm(query, axis=1, keepdims=True) for query in queries]
+    config = load([], ["search.probes=0"])
+    results = [
+        search_fleet(config, open_fleet(config, tokens.store, release), queries, 400) for release in (grown, fresh)
+    ]
+    filled = {row["video_id"] for row in tokens.store.open(TOKENS).to_table(filter="num_tokens > 0").to_pylist()}
     for ours, theirs in zip(*results, strict=True):
         ours, theirs = ({hit.video_id: hit.score for hit in hits} for hits in (ours, theirs))
-        assert ours.keys() == theirs.keys() == nights.titles.keys()
+        assert ours.keys() == theirs.keys() == filled
         assert max(abs(ours[video] - theirs[video]) for video in ours) < 0.08, "8 bits, over four query tokens"
 
 
@@ -142,9 +191,7 @@ def test_every_way_of_searching_respects_tombstones(nights):
     nights.night("gates.max_gone=1", "gates.max_token_change=null")
     release = open_release(nights.store)
     assert sum(entry["num_dead_clips"] for entry in release.manifest["segments"]) == 5
-    queries = release.load_encoder(1).encode_queries([type("Q", (), {"text": "word1 word2 word3"})()])
-    from cluster.shards import plan_shards
-
+    queries = release.load_encoder(1).encode_queries([Query(text="word1 word2 word3")])
     shards = plan_shards(nights.store, TOKENS, release.manifest["version"], 1000)
     for assignments in (
         ["search.probes=0"],
@@ -152,7 +199,8 @@ def test_every_way_of_searching_respects_tombstones(nights):
         ["search.probes=0", "search.codes_on_disk=true"],
         ["search.probes=0", "search.rescored=100"],
     ):
-        [hits] = search_index(nights.config(*assignments), nights.store, release, queries, 100)
+        config = nights.config(*assignments)
+        [hits] = search_fleet(config, open_fleet(config, nights.store, release), queries, 100)
         assert {hit.video_id for hit in hits} == set(nights.titles)
     [exact] = search_all(nights.config(), nights.store, release, shards, queries, 100)
     assert {hit.video_id for hit in exact} == set(nights.titles)
@@ -300,8 +348,8 @@ def test_collection_leaves_what_releases_and_readers_need(nights):
     assert not any(orphan.exists() for orphan in orphans)
     assert size() < before
     config = nights.config("search.probes=0")
-    queries = held.load_encoder(1).encode_queries([type("Q", (), {"text": "zebra"})()])
-    [hits] = search_index(config, nights.store, held, queries, 1)
+    queries = held.load_encoder(1).encode_queries([Query(text="zebra")])
+    [hits] = search_fleet(config, open_fleet(config, nights.store, held), queries, 1)
     assert hits[0].video_id == "extra0", "an open reader reads on"
     assert nights.found("zebra", 4) == {f"extra{i}" for i in range(4)}
     with pytest.raises(ConfigError, match="release 1 was collected"):
