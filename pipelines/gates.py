@@ -35,8 +35,6 @@ from pipelines.job import Job
 from pipelines.release import Release
 
 DEPTH = 10
-QUERY_CLIPS = 4096
-"""Clips read at most to draw queries from, where there are no canaries."""
 
 Gate = dict[str, Any]
 
@@ -139,13 +137,11 @@ def _queries(
         judged = read_queries(config.canaries)
         encoder = draft.load_encoder(num_threads=os.cpu_count() or 1)
         return judged, [None] * len(judged), encoder.encode_queries([Query(text=query.text) for query in judged])
-    [shard] = cut(_of_clips(rows, QUERY_CLIPS), 1 << 62)
-    few = _of_clips(shard.rows, config.num_queries * 2)
-    tokens = read_tokens(store, draft.token_table, draft.manifest["version"], few["_rowid"])
-    of_clips = Shard(few)
-    edges = np.concatenate([[0], np.cumsum(np.bincount(of_clips.run_clip, of_clips.run_lengths))]).astype(np.int64)
-    drawn = sample_queries(tokens, edges, config.num_queries, seed=0)
-    video_ids = of_clips.clips["video_id"].to_pylist()
+    few = Shard(_of_clips(rows, 2 * config.num_queries))
+    tokens = read_tokens(store, draft.token_table, draft.manifest["version"], few.rows["_rowid"])
+    token_of_clip = np.concatenate([[0], np.cumsum(np.bincount(few.run_clip, few.run_lengths))]).astype(np.int64)
+    drawn = sample_queries(tokens, token_of_clip, config.num_queries, seed=0)
+    video_ids = few.clips["video_id"].to_pylist()
     return [], [video_ids[clip] for clip, _ in drawn], [query for _, query in drawn]
 
 

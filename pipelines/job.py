@@ -42,6 +42,7 @@ class Summary:
 
     job: str
     run_id: str
+    max_attempts: int
     counts: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -89,6 +90,7 @@ class Summary:
             "tokens": dict(self.tokens),
             "failures": [
                 {key: failure[key] for key in ("video_id", "stage", "error", "message", "attempts", "final")}
+                | {"quarantined": failure["final"] or failure["attempts"] >= self.max_attempts}
                 for failure in self.failures[:SHOWN_FAILURES]
             ],
             "stages": {name: asdict(cost) | {"actors": self.actors.get(name, 1)} for name, cost in self.stages.items()},
@@ -109,7 +111,7 @@ class Job:
 
     def __init__(self, config: Config, name: str, store: Store, lease: Lease, run_id: str, stack: ExitStack) -> None:
         self.config, self.store, self.lease, self.run_id = config, store, lease, run_id
-        self.summary = Summary(name, run_id)
+        self.summary = Summary(name, run_id, config.retries.max_attempts)
         self._stack = stack
 
     def start_ray(self) -> dict[str, float]:

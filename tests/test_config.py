@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 
+import pipelines
 from operators.errors import ConfigError
 from pipelines.config import load
 
@@ -42,3 +45,11 @@ def test_a_config_that_is_not_a_mapping_is_refused(tmp_path):
         load([tmp_path / "c.yaml"], [])
     with pytest.raises(ConfigError, match="cannot read the config"):
         load([tmp_path / "missing.yaml"], [])
+
+
+def test_the_example_of_a_night_is_a_valid_config_that_says_what_the_defaults_are():
+    config = load([Path(pipelines.__file__).parent / "configs/nightly.yaml"], [])
+    assert config.store and config.manifest
+    defaults = load([], [])
+    assert config.gates == defaults.gates
+    assert (config.gc, config.retries, config.build_index) == (defaults.gc, defaults.retries, defaults.build_index)
