@@ -44,7 +44,7 @@ def ingest(job: Job, manifest_uri: str, dry_run: bool = False) -> None:
     """
     config = job.config.ingest
     with job.timed(STAGE):
-        for chunk in manifest.read(manifest_uri, config.source, config.chunk_rows):
+        for chunk in manifest.read(manifest_uri, config.source, config.chunk_rows, job.config.storage.environment()):
             _ingest_chunk(job, chunk, dry_run)
 
 
@@ -82,7 +82,10 @@ def _probe_and_write(job: Job, new: pa.Table, replaced_row_ids: list[int]) -> No
         blocks(new, min(new.num_rows, max(4 * pool.num_actors, new.num_rows // 64)))
         .map_batches(
             Probe,
-            fn_constructor_kwargs={"timeout_seconds": job.config.extract.resources.timeout_seconds},
+            fn_constructor_kwargs={
+                "timeout_seconds": job.config.extract.resources.timeout_seconds,
+                "environment": job.config.storage.environment(),
+            },
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=pool.num_cpus,
