@@ -13,7 +13,6 @@ lance-ray's retry of a consumed reader lost 10 of 30.
 from __future__ import annotations
 
 import json
-import logging
 import time
 import uuid
 from collections import Counter
@@ -27,12 +26,10 @@ import pyarrow as pa
 from lance.fragment import FragmentMetadata, write_fragments
 
 from cluster.lease import Lease
+from cluster.retries import retried
 from cluster.store import FAILURES, STORAGE_VERSION, Store
 from operators import schema
 
-log = logging.getLogger("maxreel")
-
-COMMIT_ATTEMPTS = 4
 COMPACT_FRAGMENTS = 64
 """A table with more small fragments than this is compacted when a job ends."""
 
@@ -126,15 +123,18 @@ def write_receipt(
 
 
 def _write(rows: pa.Table, store: Store, table: str) -> list[FragmentMetadata]:
-    # The rows are in memory, so a write that Lance gives up on can simply be done again by a retry of this task.
-    written: list[FragmentMetadata] = write_fragments(
-        rows,
-        store.table_uri(table),
-        schema=rows.schema,
-        data_storage_version=STORAGE_VERSION,
-        storage_options=dict(store.options) or None,
-    )
-    return written
+    def write() -> list[FragmentMetadata]:
+        # The rows are in memory, so a write that Lance gives up on can simply be done again.
+        written: list[FragmentMetadata] = write_fragments(
+            rows,
+            store.table_uri(table),
+            schema=rows.schema,
+            data_storage_version=STORAGE_VERSION,
+            storage_options=dict(store.options) or None,
+        )
+        return written
+
+    return retried(write, f"writing fragments of {table}")
 
 
 def _failures(batch: pa.Table) -> Iterable[dict[str, Any]]:
@@ -208,20 +208,19 @@ class Committer:
 
     def _commit(self, operation: lance.LanceOperation.BaseOperation, commit_id: str) -> None:
         properties = {"maxreel.run": self._run_id, "maxreel.commit": commit_id}
-        for attempt in range(1, COMMIT_ATTEMPTS + 1):
+        tried = False
+
+        def commit() -> None:
+            nonlocal tried
             dataset = self._store.open(self._table)
-            if attempt > 1 and was_committed(dataset, commit_id):
+            if tried and was_committed(dataset, commit_id):
                 return  # the last attempt went through; only its answer was lost
-            transaction = lance.Transaction(dataset.version, operation, transaction_properties=properties)
-            try:
-                lance.LanceDataset.commit(dataset.uri, transaction, storage_options=dict(self._store.options) or None)
-                return
-            except OSError as error:
-                if attempt == COMMIT_ATTEMPTS:
-                    raise
-                log.warning("commit to %s failed (%s); trying again", self._table, error)
-                time.sleep(2.0 ** (attempt - 1))
             self._lease.check()
+            transaction = lance.Transaction(dataset.version, operation, transaction_properties=properties)
+            tried = True
+            lance.LanceDataset.commit(dataset.uri, transaction, storage_options=dict(self._store.options) or None)
+
+        retried(commit, f"commit to {self._table}")
 
     def _record_failures(self) -> None:
         if not self._pending_failures:

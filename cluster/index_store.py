@@ -24,6 +24,7 @@ import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.retries import retried
 from cluster.store import STORAGE_VERSION, Store
 from operators import kernels
 from operators.codec import ResidualCodec
@@ -67,7 +68,11 @@ def _path(index_id: str, *parts: str) -> str:
 def _write(store: Store, path: str, table: pa.Table) -> None:
     options = dict(store.options) or None
     uri = f"{store.uri}/{path}"
-    lance.write_dataset(table, uri, mode="overwrite", data_storage_version=STORAGE_VERSION, storage_options=options)
+
+    def write() -> None:
+        lance.write_dataset(table, uri, mode="overwrite", data_storage_version=STORAGE_VERSION, storage_options=options)
+
+    retried(write, f"writing {path}")
 
 
 def _read(store: Store, path: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -12,6 +12,7 @@ lease has to expire first.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -22,8 +23,11 @@ from types import TracebackType
 
 import obstore
 
+from cluster.objects import describe, storage_error
 from cluster.store import Store
 from operators.errors import LeaseLostError, StorageError, StoreHeldError
+
+log = logging.getLogger("maxreel")
 
 PREFIX = "_lease"
 
@@ -64,6 +68,8 @@ class Lease:
     ------
     StoreHeldError
         On entry, if another run holds the store.
+    StorageError
+        On entry, if the store cannot be reached, or refuses.
     """
 
     def __init__(self, store: Store, run_id: str, job: str, lease_seconds: float = 60.0) -> None:
@@ -77,6 +83,14 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
+        try:
+            self._take()
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise storage_error("take the lease on", self._store.uri, error) from error
+        self._thread.start()
+        return self
+
+    def _take(self) -> None:
         generation, holder = current(self._store)
         if holder is not None and holder.is_alive(time.time()):
             raise StoreHeldError(_held_message(self._store.uri, holder))
@@ -84,10 +98,16 @@ class Lease:
         try:
             self._write(create=True)
         except obstore.exceptions.AlreadyExistsError as error:
-            raise StoreHeldError(f"{self._store.uri} was taken by another run this very moment; try again") from error
+            _, holder = current(self._store)
+            if holder is None or replace(holder, expires=0.0) != self._holder:
+                raise StoreHeldError(
+                    f"{self._store.uri} was taken by another run this very moment; try again"
+                ) from error
+            self._holder = holder  # it is ours: the answer to the first attempt was lost, and obstore made a second
+        # Whoever slept between reading and writing may have made a number that was used and forgotten in the meantime.
+        if current(self._store)[0] != self._generation:
+            raise StoreHeldError(f"{self._store.uri} was taken by another run this very moment; try again")
         _forget_before(self._store, self._generation)
-        self._thread.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -96,7 +116,13 @@ class Lease:
         self._thread.join()
         if not self._lost:
             self._holder = replace(self._holder, released=True)
-            self._write()
+            try:
+                self._write()
+            except (
+                obstore.exceptions.BaseError,
+                OSError,
+            ) as failure:  # the job's own error, or its success, matters more
+                log.warning("the lease was not released (%s); it ends in %.0f s", describe(failure), self._seconds)
 
     def check(self) -> None:
         """Do nothing while the lease is ours; called before every commit.

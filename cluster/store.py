@@ -1,7 +1,7 @@
 """The store: one folder or object-store prefix that holds every Lance table, the indices and the lease.
 
-``lancedb.connect(store.uri)`` opens it. Lance and obstore are built on the same Rust ``object_store`` crate, so one
-dictionary of storage options (credentials, endpoint, region) serves tables and small objects alike.
+``lancedb.connect(store.uri)`` opens it. One dictionary of storage options (credentials, endpoint, region) serves tables and
+small objects alike (``cluster/objects.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import lance
 import obstore
 import pyarrow as pa
 
+from cluster.objects import open_objects, storage_error
+from cluster.retries import retried
 from operators import schema
 from operators.errors import ConfigError, StorageError
 
@@ -59,11 +61,11 @@ class Store:
     uri
         Absolute local path or object-store URI, without a trailing slash. Use `Store.at` to make one.
     options
-        Storage options as both Lance and obstore understand them, for example ``aws_endpoint``.
+        Storage options as Lance takes them, for example ``aws_endpoint``. Not shown: they may hold credentials.
     """
 
     uri: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def at(cls, location: str, options: Mapping[str, str] | None = None) -> Store:
@@ -75,9 +77,7 @@ class Store:
     @cached_property
     def objects(self) -> Any:
         """The obstore handle for small objects (lease, index manifests)."""
-        if "://" in self.uri:
-            return obstore.store.from_url(self.uri, **self.options)
-        return obstore.store.LocalStore(self.uri, mkdir=True)
+        return open_objects(self.uri, self.options)
 
     def table_uri(self, name: str) -> str:
         """Return where a table lives."""
@@ -197,10 +197,10 @@ class Store:
 
     def delete_rows(self, name: str, row_ids: Sequence[int]) -> None:
         """Delete rows by Lance row id (valid for the version they were read from, while we are the only writer)."""
-        dataset = self.open(name)
         for first in range(0, len(row_ids), DELETE_BATCH_ROWS):
             batch = row_ids[first : first + DELETE_BATCH_ROWS]
-            dataset.delete(f"_rowid IN ({', '.join(map(str, batch))})")
+            rows = f"_rowid IN ({', '.join(map(str, batch))})"
+            retried(lambda rows=rows: self.open(name).delete(rows), f"deleting from {name}")  # type: ignore[misc]
 
     def append(self, name: str, rows: pa.Table) -> None:
         """Add rows to a small table, in one commit. Only by the lease's holder."""
@@ -214,12 +214,19 @@ class Store:
 
     def upsert(self, name: str, rows: pa.Table, keys: Sequence[str]) -> None:
         """Insert rows, replacing those with the same keys. Only for small tables, only by the lease's holder."""
-        dataset = self.create(name)
-        dataset.merge_insert(list(keys)).when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+        def merge() -> None:
+            merge_insert = self.create(name).merge_insert(list(keys))
+            merge_insert.when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+        retried(merge, f"writing to {name}")
 
     def put_json(self, path: str, value: Any) -> None:
         """Write a small JSON object."""
-        obstore.put(self.objects, path, json.dumps(value, indent=1).encode())
+        try:
+            obstore.put(self.objects, path, json.dumps(value, indent=1).encode())
+        except obstore.exceptions.BaseError as error:
+            raise storage_error("write", f"{self.uri}/{path}", error) from error
 
     def get_json(self, path: str) -> Any:
         """Read a small JSON object.
@@ -235,6 +242,8 @@ class Store:
             raise StorageError(
                 f"{self.uri}/{path} is missing; build the index again with `maxreel build-index`"
             ) from error
+        except obstore.exceptions.BaseError as error:
+            raise storage_error("read", f"{self.uri}/{path}", error) from error
         except ValueError as error:
             raise StorageError(f"{self.uri}/{path} is not JSON: {error}") from error
 

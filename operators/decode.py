@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from operators import errors, schema
 from operators.errors import ConfigError, ItemError, MediaTimeoutError
+from operators.remote import Environment
 
 SAMPLINGS = ("uniform", "fps", "shot")
 SHOT_FPS = 2.0
@@ -63,6 +64,8 @@ class Decode:
         Frames are scaled down so that the longer side has at most this many pixels; never up.
     timeout_seconds
         Limit of opening a video and of each clip. Copying a remote file counts only while nothing arrives.
+    environment
+        How to reach object stores (``remote.locate``), where the environment of this process does not say it.
 
     Raises
     ------
@@ -82,6 +85,7 @@ class Decode:
         max_side: int = 768,
         jpeg_quality: int = 90,
         timeout_seconds: float = 120.0,
+        environment: Environment | None = None,
     ) -> None:
         if sampling not in SAMPLINGS:
             raise ConfigError(f"sampling is {sampling!r}; allowed: {', '.join(SAMPLINGS)}")
@@ -98,7 +102,7 @@ class Decode:
         self._clip_seconds, self._frames_per_clip, self._sampling = clip_seconds, frames_per_clip, sampling
         self._fps, self._max_frames_per_clip = fps, max_frames_per_clip
         self._max_side, self._jpeg_quality = max_side, jpeg_quality
-        self._child = Child(timeout_seconds)
+        self._child = Child(timeout_seconds, environment)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Yield a table of one row for each clip of each video of a batch."""
@@ -169,14 +173,16 @@ class Probe:
     ----------
     timeout_seconds
         Limit for each video.
+    environment
+        As `Decode` takes it.
     """
 
     VERSION = "1"
 
     _FIELDS = tuple(schema.VIDEOS.field(name) for name in ("duration_seconds", "width", "height", "fps", "has_audio"))
 
-    def __init__(self, timeout_seconds: float = 120.0) -> None:
-        self._child = Child(timeout_seconds)
+    def __init__(self, timeout_seconds: float = 120.0, environment: Environment | None = None) -> None:
+        self._child = Child(timeout_seconds, environment)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the batch with the columns added."""
@@ -203,12 +209,15 @@ class Child:
     ----------
     timeout_seconds
         How long a request may stay without an answer.
+    environment
+        Set over the environment of this process.
     """
 
-    def __init__(self, timeout_seconds: float) -> None:
+    def __init__(self, timeout_seconds: float, environment: Environment | None = None) -> None:
         if timeout_seconds <= 0:
             raise ConfigError(f"timeout_seconds is {timeout_seconds}; it must be more than 0")
         self._timeout_seconds = timeout_seconds
+        self._environment = environment or Environment()
         self._process: _Process | None = None
         self.cpu_seconds = 0.0
 
@@ -231,7 +240,7 @@ class Child:
         """
         if self.pid is None:
             self.close()
-            self._process = _Process()
+            self._process = _Process(self._environment)
         assert self._process is not None
         try:
             reply = self._process.ask((verb, {"uri": uri, **arguments}), self._timeout_seconds)
@@ -260,11 +269,11 @@ class Child:
 class _Process:
     """A running decoder process and the pipe to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Environment) -> None:
         self._connection, theirs = Pipe()
         born: SimpleQueue[subprocess.Popen[bytes] | OSError] = SimpleQueue()
         # The kernel ends a decoder process with the *thread* that started it, so that thread waits for its end.
-        threading.Thread(target=_live, args=(theirs, born), name="decoder", daemon=True).start()
+        threading.Thread(target=_live, args=(theirs, environment, born), name="decoder", daemon=True).start()
         popen = born.get()
         if isinstance(popen, OSError):
             raise ConfigError(f"the decoder process does not start: {popen}") from popen
@@ -315,7 +324,7 @@ class _Process:
         return reply
 
 
-def _live(theirs: Connection, born: SimpleQueue[subprocess.Popen[bytes] | OSError]) -> None:
+def _live(theirs: Connection, environment: Environment, born: SimpleQueue[subprocess.Popen[bytes] | OSError]) -> None:
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else [root])
     try:
@@ -324,7 +333,7 @@ def _live(theirs: Connection, born: SimpleQueue[subprocess.Popen[bytes] | OSErro
             [sys.executable, "-P", "-m", "operators.decode_child", str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
-            env={"DECORD_EOF_RETRY_MAX": "1024", **os.environ, "PYTHONPATH": path},
+            env={"DECORD_EOF_RETRY_MAX": "1024", **environment.over(os.environ), "PYTHONPATH": path},
         )
     except OSError as error:
         born.put(error)

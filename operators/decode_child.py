@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPException
 from multiprocessing.connection import Connection
 from typing import IO, Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import av
 import decord
@@ -36,7 +36,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from operators import media
-from operators.errors import ItemError, MediaError, SourceError
+from operators.errors import ConfigError, ItemError, MediaError, SourceError, without_credentials
+from operators.remote import locate
 
 PR_SET_PDEATHSIG = 1
 COPY_BYTES = 16 << 20
@@ -72,8 +73,8 @@ def _reply(handle: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, 
 def _described(error: Exception, name: str) -> tuple[str, str]:
     """Return class name and message of an error; one that is not ours means a file that the libraries cannot take."""
     if isinstance(error, ItemError):
-        return type(error).__name__, str(error)
-    return MediaError.__name__, f"{name}: cannot be decoded; {type(error).__name__}: {error}"
+        return type(error).__name__, without_credentials(str(error))
+    return MediaError.__name__, without_credentials(f"{name}: cannot be decoded; {type(error).__name__}: {error}")
 
 
 class Decoder:
@@ -241,12 +242,12 @@ def _remote_file(uri: str) -> Any:
     try:
         if _is_http(uri):
             return urllib.request.urlopen(uri, timeout=HTTP_TIMEOUT_SECONDS)
-        from pyarrow.fs import FileSystem  # half of the time that starting takes, and few need it
-
-        filesystem, path = FileSystem.from_uri(quote(uri, safe="/:?=&%@+,~"))
+        filesystem, path = locate(uri, os.environ)
         return filesystem.open_input_file(path)
     except OSError as error:
         raise SourceError(f"{display_name(uri)}: cannot be read; {error}") from error
+    except ConfigError as error:
+        raise SourceError(f"{display_name(uri)}: {error}") from error
     except ValueError as error:  # its message would repeat the URI and what is secret in it
         raise SourceError(
             f"{display_name(uri)}: not a URI that can be read; allowed are paths, file, http, https and what "

@@ -22,7 +22,17 @@ A message says what was got, what is allowed, which video, and what to do next.
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+_QUERY = re.compile(r"(\b\w+://[^\s?'\"<>]*)\?[^\s'\"<>]*")
+_USER = re.compile(r"(\b\w+://)[^\s/@]*@")
+_SIGNATURE = re.compile(r"<(AWSAccessKeyId|StringToSign\w*|SignatureProvided|CanonicalRequest\w*)>.*?</\1>", re.DOTALL)
+
+
+def without_credentials(text: str) -> str:
+    """Return a text without URLs' users and query strings, and without what S3 repeats of a signature."""
+    return _SIGNATURE.sub("", _QUERY.sub(r"\1?...", _USER.sub(r"\1...@", text)))
 
 
 class MaxreelError(Exception):

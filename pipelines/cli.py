@@ -65,7 +65,7 @@ def _run(
 ) -> None:
     """Load the configuration, do the work, and print its result; end with the exit code of what went wrong."""
     _set_up_logging(verbose, quiet)
-    from operators.errors import MaxreelError
+    from operators.errors import MaxreelError, without_credentials
     from pipelines import config
 
     try:
@@ -75,7 +75,7 @@ def _run(
         known = next((e for e in (cause, error) if isinstance(e, MaxreelError)), None)
         shown = known or (cause if isinstance(cause, Exception) else error)
         if verbose:
-            traceback.print_exception(error)
+            print(without_credentials("".join(traceback.format_exception(error))), file=sys.stderr)
         _fail(shown, known.exit_code if known else 1, bool(known), as_json, known.result if known else None, render)
     else:
         _print(result, render, as_json)
@@ -92,7 +92,9 @@ def _fail(
     error: Exception, code: int, expected: bool, as_json: bool, result: Any, render: Callable[[Any], None]
 ) -> None:
     """Say what went wrong, after what was done before it did, and exit."""
-    message = str(error).strip() or type(error).__name__
+    from operators.errors import without_credentials
+
+    message = without_credentials(str(error).strip()) or type(error).__name__
     if as_json:
         document = {"error": {"type": type(error).__name__, "message": message, "exit_code": code}}
         print(json.dumps((result or {}) | document, default=str))

@@ -7,14 +7,18 @@ a ``resources`` block; so the fingerprint of a stage is made from its block with
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from operators.errors import ConfigError
+from operators.remote import Environment
 from operators.schema import MODALITIES
 
 Scorer = Literal["sum_maxsim", "modality_max", "modality_weighted", "group_sum"]
@@ -22,16 +26,92 @@ Modality = Literal["frame", "speech", "screen_text", "metadata"]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+SECRET = re.compile("key|secret|token|password|credential|signature|sas|auth", re.IGNORECASE)
+"""In the name of a storage option: its value is not recorded."""
+
+VARIABLES = {
+    "endpoint": "AWS_ENDPOINT_URL_S3",
+    "region": "AWS_REGION",
+    "access_key_id": "AWS_ACCESS_KEY_ID",
+    "secret_access_key": "AWS_SECRET_ACCESS_KEY",
+    "session_token": "AWS_SESSION_TOKEN",
+}
+"""Storage options of S3 that files outside the store need too, as variables for ``operators.remote.locate``."""
+
+
+PLAIN = ("storage.lease_seconds", "storage.commit_rows", "storage.commit_seconds")
+"""Settings of storage that cannot be mistaken for credentials, so that messages show them."""
 
 
 class StorageConfig(_Model):
-    """How to reach the store. ``options`` go to Lance and obstore alike, for example ``aws_endpoint``."""
+    """How to reach the store, and manifests and videos on ``s3://``.
 
-    options: dict[str, str] = Field(default_factory=dict)
+    Credentials are not written here. Without the three ``*_env`` every machine finds its own, as AWS tools do:
+    ``AWS_ACCESS_KEY_ID`` and the like, web identity, instance metadata. With them, the environment variables that they
+    name are read where the command runs, and carried to its workers. ``endpoint`` is that of an S3-compatible server, by
+    default ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``. ``options`` go to Lance and obstore as they are and win over
+    the rest; Google and Azure are set up by them or by their own environment variables.
+    """
+
+    endpoint: str | None = None
+    region: str | None = None
+    access_key_id_env: str | None = None
+    secret_access_key_env: str | None = None
+    session_token_env: str | None = None
+    options: dict[str, str] = Field(default_factory=dict, repr=False)
     lease_seconds: float = Field(60.0, gt=1)
     commit_rows: int = Field(2_000, ge=1)
     commit_seconds: float = Field(30.0, ge=0)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_plain_url(cls, endpoint: str | None) -> str | None:
+        parts = urlsplit(endpoint or "http://host")
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise ValueError("must be http://HOST:PORT or https://HOST, without credentials")
+        return endpoint
+
+    @model_validator(mode="after")
+    def _names_both_keys(self) -> Self:
+        if bool(self.access_key_id_env) != bool(self.secret_access_key_env):
+            raise ValueError("access_key_id_env and secret_access_key_env belong together; only one is set")
+        return self
+
+    @field_serializer("options")
+    def _without_secrets(self, options: dict[str, str]) -> dict[str, str]:
+        return {name: "***" if SECRET.search(name) or "@" in value else value for name, value in options.items()}
+
+    def to_options(self) -> dict[str, str]:
+        """Return storage options as Lance takes them.
+
+        Raises
+        ------
+        ConfigError
+            If an environment variable that is named here is not set, or a session token of other keys is.
+        """
+        own_key = _variable(self.access_key_id_env, "access_key_id_env")
+        other_key = own_key and not self.session_token_env and own_key != os.environ.get("AWS_ACCESS_KEY_ID")
+        if other_key and os.environ.get("AWS_SESSION_TOKEN"):  # Lance and obstore would send it all the same
+            raise ConfigError("AWS_SESSION_TOKEN belongs to other keys than storage.access_key_id_env; unset it")
+        endpoint = self.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        found = {
+            "aws_endpoint": endpoint,
+            "aws_region": self.region,
+            "allow_http": "true" if (endpoint or "").startswith("http://") else None,
+            "aws_access_key_id": own_key,
+            "aws_secret_access_key": _variable(self.secret_access_key_env, "secret_access_key_env"),
+            "aws_session_token": _variable(self.session_token_env, "session_token_env"),
+        }
+        return {name: value for name, value in found.items() if value} | self.options
+
+    def environment(self) -> Environment:
+        """Return what readers of files outside the store need of it."""
+        options = self.to_options()
+        found = {variable: options.get(f"aws_{name}", options.get(name)) for name, variable in VARIABLES.items()}
+        return Environment({variable: value for variable, value in found.items() if value})
 
 
 class RayConfig(_Model):
@@ -288,6 +368,14 @@ def load(files: Iterable[Path], assignments: Iterable[str], store: str | None = 
         raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
 
 
+def _variable(name: str | None, setting: str) -> str | None:
+    """Return the value of the environment variable that a setting names."""
+    if name is not None and name not in os.environ:
+        # The name is not shown: it may be the secret itself, written where the name of its variable belongs.
+        raise ConfigError(f"storage.{setting} names an environment variable that is not set; export it, or correct it")
+    return None if name is None else os.environ[name]
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -326,7 +414,8 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def _explain(problem: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{path}: {problem['msg']}; got {problem['input']!r}"
+        may_be_secret = problem["loc"][:1] == ("storage",) and path not in PLAIN
+        return f"{path}: {problem['msg']}" + ("" if may_be_secret else f"; got {problem['input']!r}")
     allowed = _fields_at(problem["loc"][:-1])
     close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
     hint = f"Did you mean {close[0]}?" if close else f"Allowed: {', '.join(allowed)}."

@@ -14,8 +14,9 @@ from typing import Any
 
 import obstore
 
+from cluster.objects import describe, is_refusal, open_objects
 from operators import torchvision_shim, weights
-from operators.errors import MaxreelError
+from operators.errors import ConfigError, MaxreelError
 from pipelines.config import Config
 from pipelines.job import open_store
 
@@ -106,18 +107,45 @@ def _machine() -> Check:
 
 
 def _store(config: Config) -> Check:
-    def write_and_remove() -> str:
+    try:
         store = open_store(config)
+        objects = open_objects(store.uri, store.options, patient=False)
         path = f"_doctor/{uuid.uuid4().hex}"
-        obstore.put(store.objects, path, b"x", mode="create")
-        obstore.delete(store.objects, path)
-        return f"{store.uri} can be written"
+        obstore.put(objects, path, b"x", mode="create")
+        try:
+            obstore.put(objects, path, b"y", mode="create")
+            one_writer = False
+        except obstore.exceptions.AlreadyExistsError:
+            one_writer = True
+        obstore.delete(objects, path)
+    except (MaxreelError, OSError, ValueError, obstore.exceptions.BaseError) as error:
+        return Check("FAIL", "store", describe(error), _mend(error, config))
+    if not one_writer:
+        mend = "use a server that honours If-None-Match, or see to it that no two jobs write at once"
+        return Check("FAIL", "store", f"{store.uri} lets two runs create one object: no lease holds there", mend)
+    return Check("ok", "store", f"{store.uri} can be written, by one run at a time")
 
-    return _attempt("store", write_and_remove, "check the path, the credentials and storage.options")
+
+def _mend(error: Exception, config: Config) -> str:
+    if is_refusal(error):
+        return (
+            "the store refuses these credentials: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the variables that "
+            "storage.access_key_id_env and secret_access_key_env name) and that they may list, read, write and delete there"
+        )
+    if isinstance(error, FileNotFoundError):
+        return "create the bucket, or correct the store's address"
+    if isinstance(error, ConfigError):
+        return "correct the setting"
+    if "169.254." in str(error):
+        return (
+            "no credentials were found, so that the machine was asked for its own: set AWS_ACCESS_KEY_ID and the like"
+        )
+    endpoint = config.storage.to_options().get("aws_endpoint", "the provider's own")
+    return f"check the path or address, the network, and storage.endpoint (in force: {endpoint})"
 
 
 def _attempt(name: str, action: Callable[[], Any], mend: str) -> Check:
     try:
         return Check("ok", name, str(action()))
-    except (MaxreelError, OSError, ValueError, obstore.exceptions.BaseError) as error:
+    except (MaxreelError, OSError, ValueError) as error:
         return Check("FAIL", name, str(error), mend)

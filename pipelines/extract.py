@@ -26,6 +26,7 @@ from operators import modalities, schema, weights
 from operators.decode import Decode
 from operators.fingerprint import fingerprint
 from operators.modalities import BLOCKED_BY, modality_rows
+from operators.remote import Environment
 from operators.schema import FRAME, METADATA, SCREEN_TEXT, SPEECH
 from operators.screen_text import ScreenText
 from operators.speech import Speech
@@ -187,7 +188,7 @@ def _run(job: Job, work: pa.Table) -> None:
     )
     clips = blocks(work, min(work.num_rows, MAX_BLOCKS))
     clips = clips.map_batches(read, batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
-    for name, operator, parameters in operators(config):
+    for name, operator, parameters in operators(config, job.config.storage.environment()):
         clips = clips.map_batches(
             operator,
             fn_constructor_kwargs=parameters,
@@ -222,8 +223,10 @@ def plan_pools(config: ExtractConfig, num_cpus: float, num_videos: int) -> list[
     return [Pool(p.name, p.num_actors, p.num_cpus, 0.0 if p.name == "decode" else gpus) for p in pools]
 
 
-def operators(config: ExtractConfig) -> Iterator[tuple[str, type, dict[str, Any]]]:
-    """Yield name, class and parameters of each operator, in order."""
+def operators(
+    config: ExtractConfig, environment: Environment | None = None
+) -> Iterator[tuple[str, type, dict[str, Any]]]:
+    """Yield name, class and parameters of each operator, in order; ``environment`` says how to reach object stores."""
     device = "cuda" if config.resources.gpus_each else "cpu"
     frames = config.frames.model_dump()
     yield (
@@ -233,6 +236,7 @@ def operators(config: ExtractConfig) -> Iterator[tuple[str, type, dict[str, Any]
         | {
             "clip_seconds": config.clip_seconds,
             "timeout_seconds": config.resources.timeout_seconds,
+            "environment": environment,
         },
     )
     if SPEECH in config.modalities:

@@ -53,14 +53,16 @@ def ingest(job: Job, manifest_uri: str, remove_gone: bool = False, dry_run: bool
         If more videos are gone than ``gates.max_gone`` allows; nothing was written then.
     """
     with job.timed(STAGE):
+        ingest = job.config.ingest
+        of_manifest = (manifest_uri, ingest.source, ingest.chunk_rows, job.config.storage.environment())
         existing = job.store.rows(VIDEOS, ["video_id", "fingerprint"])
-        listed = manifest.check(manifest_uri, job.config.ingest)
+        listed = manifest.check(*of_manifest)
         gone = existing.filter(pc.invert(pc.is_in(existing["video_id"], value_set=listed)))
         if remove_gone:
             _limit_gone(job, gone.num_rows, existing.num_rows)
             job.summary.counts["gone"] = gone.num_rows
             job.summary.sample("gone", gone["video_id"].slice(0, SAMPLES).to_pylist())
-        for chunk in manifest.read(manifest_uri, job.config.ingest):
+        for chunk in manifest.read(*of_manifest):
             _ingest_chunk(job, chunk, existing, dry_run)
         if remove_gone and gone.num_rows and not dry_run:
             job.lease.check()
@@ -118,7 +120,10 @@ def _probe_and_write(job: Job, new: pa.Table, replaced_row_ids: list[int]) -> No
         blocks(new, min(new.num_rows, max(4 * pool.num_actors, new.num_rows // 64)))
         .map_batches(
             Probe,
-            fn_constructor_kwargs={"timeout_seconds": job.config.extract.resources.timeout_seconds},
+            fn_constructor_kwargs={
+                "timeout_seconds": job.config.extract.resources.timeout_seconds,
+                "environment": job.config.storage.environment(),
+            },
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=pool.num_cpus,

@@ -170,7 +170,7 @@ class Job:
 
 def open_store(config: Config) -> Store:
     """Return the configured store."""
-    return Store.at(check_location(config.store), config.storage.options)
+    return Store.at(check_location(config.store), config.storage.to_options())
 
 
 def new_run_id() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
@@ -21,8 +22,9 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.fs
 
-from operators.errors import ConfigError, ItemError, SourceError
+from operators.errors import ConfigError, ItemError, SourceError, without_credentials
 from operators.fingerprint import fingerprint
+from operators.remote import Environment, locate
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -51,7 +53,7 @@ class Entry:
     error: ItemError | None = None
 
 
-def read(manifest: str, config: Any) -> Iterator[list[Entry]]:
+def read(manifest: str, source: str, chunk_rows: int, environment: Environment | None = None) -> Iterator[list[Entry]]:
     """Yield the entries of a manifest in chunks.
 
     Parameters
@@ -60,15 +62,19 @@ def read(manifest: str, config: Any) -> Iterator[list[Entry]]:
         Path or URI of a ``.jsonl``, ``.csv`` or ``.parquet`` file, of a folder, or of an object-store prefix.
     source
         ``stat`` identifies a file by size and modification time, ``content`` by a hash of its bytes.
+    environment
+        How to reach object stores, where the environment of this process does not say it.
 
     Raises
     ------
     ConfigError
         If there is no such manifest, or it is not of a kind that can be read.
     """
-    source, chunk_rows = config.source, config.chunk_rows
-    filesystem, path = _locate(manifest)
-    info = filesystem.get_file_info(path)
+    filesystem, path = _locate(manifest, environment)
+    try:
+        info = filesystem.get_file_info(path)
+    except OSError as error:
+        raise ConfigError(without_credentials(f"cannot read the manifest {manifest}: {error}")) from error
     if info.type == pyarrow.fs.FileType.Directory:
         rows = _list_videos(filesystem, path, manifest)
         base = manifest
@@ -82,7 +88,7 @@ def read(manifest: str, config: Any) -> Iterator[list[Entry]]:
     seen: dict[str, int] = {}
     chunk: list[Entry] = []
     for number, row in rows:
-        chunk.append(_entry(row, number, base, source, seen))
+        chunk.append(_entry(row, number, base, source, seen, environment))
         if len(chunk) == chunk_rows:
             yield chunk
             chunk = []
@@ -90,22 +96,20 @@ def read(manifest: str, config: Any) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def check(manifest: str, config: Any) -> pa.ChunkedArray:
+def check(manifest: str, source: str, chunk_rows: int, environment: Environment | None = None) -> pa.ChunkedArray:
     """Temporary."""
-    return pa.chunked_array(
-        [pa.array([e.video_id for e in c], pa.string()) for c in read(manifest, config)], pa.string()
-    )
+    chunks = read(manifest, source, chunk_rows, environment)
+    return pa.chunked_array([pa.array([e.video_id for e in chunk], pa.string()) for chunk in chunks], pa.string())
 
 
-def _locate(uri: str) -> tuple[Any, str]:
+def _locate(uri: str, environment: Environment | None = None) -> tuple[Any, str]:
     """Return the file system of a path or URI, and the path in it."""
     if "://" not in uri:
         return pyarrow.fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
     try:
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
+        return locate(uri, (environment or Environment()).over(os.environ))
     except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigError(f"cannot reach {uri}: {error}") from error
-    return filesystem, path
+        raise ConfigError(without_credentials(f"cannot reach {uri}: {error}")) from error
 
 
 def _list_videos(filesystem: Any, path: str, manifest: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -159,7 +163,14 @@ def _read_jsonl(filesystem: Any, path: str) -> Iterator[tuple[int, dict[str, Any
             yield number, row
 
 
-def _entry(row: Mapping[str, Any], number: int, base: str, source: str, seen: dict[str, int]) -> Entry:
+def _entry(
+    row: Mapping[str, Any],
+    number: int,
+    base: str,
+    source: str,
+    seen: dict[str, int],
+    environment: Environment | None = None,
+) -> Entry:
     uri = row.get("uri") or None
     video_id = str(row.get("video_id") or "") or derive_id(uri, number)
     extra = {name: value for name, value in row.items() if name not in COLUMNS and value is not None}
@@ -167,7 +178,7 @@ def _entry(row: Mapping[str, Any], number: int, base: str, source: str, seen: di
     source_fingerprint, error = "", _problem(video_id, number, seen)
     if error is None and location is not None:
         try:
-            source_fingerprint = identify(location, source)
+            source_fingerprint = identify(location, source, environment)
         except ItemError as problem:
             error = problem
     return Entry(
@@ -211,7 +222,7 @@ def _absolute(uri: str, base: str) -> str:
     return str(Path(base, uri).expanduser())
 
 
-def identify(uri: str, source: str) -> str:
+def identify(uri: str, source: str, environment: Environment | None = None) -> str:
     """Return what identifies the bytes at a uri.
 
     Raises
@@ -220,10 +231,11 @@ def identify(uri: str, source: str) -> str:
         If there is nothing there, or it cannot be read.
     """
     try:
-        filesystem, path = _locate(uri)
+        filesystem, path = _locate(uri, environment)
         info = filesystem.get_file_info(path)
         if info.type != pyarrow.fs.FileType.File:
-            raise SourceError(f"there is no file at {uri}; check the uri in the manifest, or remove the entry")
+            shown = without_credentials(uri)
+            raise SourceError(f"there is no file at {shown}; check the uri in the manifest, or remove the entry")
         if source == "stat":
             return fingerprint(info.size, info.mtime_ns)
         digest = hashlib.sha256()
@@ -232,7 +244,7 @@ def identify(uri: str, source: str) -> str:
                 digest.update(block)
         return digest.hexdigest()[:32]
     except (OSError, ConfigError) as error:
-        raise SourceError(f"cannot read {uri}: {error}") from error
+        raise SourceError(without_credentials(f"cannot read {uri}: {error}")) from error
 
 
 def _text(value: Any) -> str | None:

@@ -1,6 +1,14 @@
+import json
 import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
+
+from cluster.store import Store
+from tests.s3_keys import ACCESS_KEY, SECRET_KEY
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -14,6 +22,63 @@ def cluster():
 
     with session(address=None, num_cpus=2, object_store_bytes=300_000_000, no_progress_seconds=120):
         yield ray
+
+
+class S3:
+    """The S3 server of the tests (``tests/s3_server.py``)."""
+
+    def __init__(self, url):
+        self.url = url
+        self.options = {
+            "aws_endpoint": url,
+            "aws_region": "us-east-1",
+            "aws_access_key_id": ACCESS_KEY,
+            "aws_secret_access_key": SECRET_KEY,
+            "allow_http": "true",
+        }
+
+    def store(self, name):
+        """Return a store in the bucket that is there for them."""
+        return Store.at(f"s3://night/{name}", self.options)
+
+    def fail(self, what, times=1, method=".*", path=""):
+        """Let the next requests that fit go wrong."""
+        self._call("_faults", [{"what": what, "times": times, "method": method, "path": path}])
+
+    def requests(self):
+        """Return method and path of what was asked since the last call, and let nothing go wrong any more."""
+        self._call("_faults", [])
+        return self._call("_requests", None)
+
+    def _call(self, path, content):
+        with urllib.request.urlopen(f"{self.url}/{path}", json.dumps(content).encode()) as reply:
+            return json.loads(reply.read() or b"null")
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    program = str(Path(__file__).with_name("s3_server.py"))
+    root = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(
+        [sys.executable, program], stdout=subprocess.PIPE, text=True, env=os.environ | root
+    ) as server:
+        yield S3(f"http://127.0.0.1:{int(server.stdout.readline())}")
+        server.kill()
+
+
+@pytest.fixture
+def s3(s3_server):
+    """The server, with nothing going wrong."""
+    s3_server.requests()
+    return s3_server
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request, tmp_path):
+    """An empty store: the same is expected of a folder and of an object store."""
+    if request.param == "folder":
+        return Store.at(str(tmp_path / "store"))
+    return request.getfixturevalue("s3").store(tmp_path.name)
 
 
 @pytest.fixture(scope="session")

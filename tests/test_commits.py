@@ -6,14 +6,13 @@ import pytest
 
 from cluster.commits import Committer, compact, was_committed, write_receipt
 from cluster.lease import Lease
-from cluster.store import FAILURES, Store
+from cluster.store import FAILURES
 
 SCHEMA = pa.schema([("video_id", pa.string()), ("value", pa.int64())])
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = Store.at(str(tmp_path / "store"))
+def store(store):
     store.create("numbers", SCHEMA)
     return store
 
