@@ -44,7 +44,7 @@ def ingest(job: Job, manifest_uri: str, dry_run: bool = False) -> None:
     """
     config = job.config.ingest
     with job.timed(STAGE):
-        for chunk in manifest.read(manifest_uri, config.source, config.chunk_rows):
+        for chunk in manifest.read(manifest_uri, config.source, config.chunk_rows, config.allowed_roots):
             _ingest_chunk(job, chunk, dry_run)
 
 
