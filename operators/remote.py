@@ -64,7 +64,7 @@ def locate(uri: str, environment: Mapping[str, str]) -> tuple[Any, str]:
         return located
     path = uri.removeprefix("s3://").rstrip("/")
     bucket = path.partition("/")[0]
-    if "@" in bucket:
+    if "@" in bucket or ":" in bucket:  # a bucket's name has neither
         raise ConfigError("an s3:// URI holds credentials; put them into the environment and write s3://bucket/key")
     endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or None
     region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or None

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
@@ -124,10 +124,17 @@ class RayConfig(_Model):
 
 
 class IngestConfig(_Model):
-    """What identifies a video's bytes: size and modification time, or a hash of the content."""
+    """How a manifest is read.
 
-    source: Literal["stat", "content"] = "stat"
+    ``source`` is what identifies a video's bytes: size and modification time, a hash of the content, or the ETag of the
+    object store or web server (a file of this machine has none, and is identified as by ``stat``). ``allowed_roots`` are
+    the folders and URI prefixes that videos must lie under; with none, all places are allowed. A server named there is
+    trusted with where it redirects to.
+    """
+
+    source: Literal["stat", "content", "etag"] = "stat"
     chunk_rows: int = Field(50_000, ge=1)
+    allowed_roots: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
 
 class FramesConfig(_Model):

@@ -53,23 +53,37 @@ def ingest(job: Job, manifest_uri: str, remove_gone: bool = False, dry_run: bool
         If more videos are gone than ``gates.max_gone`` allows; nothing was written then.
     """
     with job.timed(STAGE):
-        ingest = job.config.ingest
-        of_manifest = (manifest_uri, ingest.source, ingest.chunk_rows, job.config.storage.environment())
+        config, storage = job.config.ingest, job.config.storage
+        checked = manifest.check(manifest_uri, storage.environment())
         existing = job.store.rows(VIDEOS, ["video_id", "fingerprint"])
-        listed = manifest.check(*of_manifest)
-        gone = existing.filter(pc.invert(pc.is_in(existing["video_id"], value_set=listed)))
+        gone = existing.filter(pc.invert(pc.is_in(existing["video_id"], value_set=checked.ids)))
         if remove_gone:
             _limit_gone(job, gone.num_rows, existing.num_rows)
             job.summary.counts["gone"] = gone.num_rows
             job.summary.sample("gone", gone["video_id"].slice(0, SAMPLES).to_pylist())
-        for chunk in manifest.read(*of_manifest):
+        for chunk in manifest.read(
+            manifest_uri,
+            config.source,
+            config.chunk_rows,
+            config.allowed_roots,
+            checked,
+            storage.environment(),
+            storage.to_options(),
+        ):
             _ingest_chunk(job, chunk, existing, dry_run)
-        if remove_gone and gone.num_rows and not dry_run:
+        if remove_gone and not dry_run:
             job.lease.check()
             job.store.delete_rows(VIDEOS, gone["_rowid"].to_pylist())
-        if remove_gone and not dry_run:
-            rows = job.store.rows(FAILURES, ["video_id"])
-            forget(job, rows.filter(pc.invert(pc.is_in(rows["video_id"], value_set=listed))))
+            _forget_the_gone(job, checked.ids)
+
+
+def _forget_the_gone(job: Job, listed: pa.ChunkedArray) -> None:
+    """Delete the failures of videos that are no longer listed, and of entries that this run did not meet."""
+    rows = job.store.rows(FAILURES, ["video_id", "stage", "run_id"])
+    gone = pc.invert(pc.is_in(rows["video_id"], value_set=listed))
+    mended = pc.and_(pc.equal(rows["stage"], STAGE), pc.not_equal(rows["run_id"], job.run_id))
+    unlisted = pc.and_(gone, pc.invert(pc.equal(rows["run_id"], job.run_id)))
+    forget(job, rows.filter(pc.or_(unlisted, mended)))
 
 
 def _limit_gone(job: Job, num_gone: int, num_videos: int) -> None:
@@ -102,7 +116,8 @@ def _ingest_chunk(job: Job, chunk: Sequence[Entry], existing: pa.Table, dry_run:
         return
     if difference.missing.num_rows:
         _probe_and_write(job, difference.missing, difference.surplus_row_ids)
-    _record(job, failed, table["video_id"].to_pylist())
+    failed_ids = {entry.video_id for entry in failed}
+    _record(job, failed, [video_id for video_id in table["video_id"].to_pylist() if video_id not in failed_ids])
 
 
 def _probe_and_write(job: Job, new: pa.Table, replaced_row_ids: list[int]) -> None:
