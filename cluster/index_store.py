@@ -12,7 +12,7 @@ There are no inverted lists: they are made from the centroid ids while loading, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -363,14 +363,31 @@ def read_manifest(store: Store, index_id: str) -> dict[str, Any]:
     return manifest
 
 
-def files(manifest: Mapping[str, Any]) -> list[str]:
+def parts(manifest: Mapping[str, Any]) -> set[str]:
     """Return the paths of everything that an index is made of: files, and folders of them."""
-    parts = [manifest["codec"], *manifest["segments"], *filter(None, [manifest["tombstones"]])]
-    return [_path(manifest["index_id"], "manifest.json"), *(part["path"] for part in parts)]
+    entries = [manifest["codec"], *manifest["segments"], *filter(None, [manifest["tombstones"]])]
+    return {_path(manifest["index_id"], "manifest.json"), *(entry["path"] for entry in entries)}
+
+
+def list_objects(store: Store, parts: Collection[str], index_ids: Collection[str] = ()) -> tuple[list[Any], list[Any]]:
+    """Return the objects of indices that belong to parts, and those that do not.
+
+    Parameters
+    ----------
+    index_ids
+        Of the folders to look into; all of them if none is named.
+    """
+    prefixes = [_path(index_id, "") for index_id in index_ids] or [f"{PREFIX}/"]
+    belonging, others = [], []
+    for entry in (e for prefix in prefixes for batch in obstore.list(store.objects, prefix) for e in batch):
+        steps = entry["path"].split("/")
+        mine = any("/".join(steps[: i + 1]) in parts for i in range(len(steps)))
+        (belonging if mine else others).append(entry)
+    return belonging, others
 
 
 def num_bytes(store: Store, manifest: Mapping[str, Any]) -> int:
     """Return the size of everything that an index keeps on disk."""
-    return sum(
-        entry["size"] for path in files(manifest) for batch in obstore.list(store.objects, path) for entry in batch
-    )
+    of_index = parts(manifest)
+    belonging, _ = list_objects(store, of_index, {path.split("/")[1] for path in of_index})
+    return sum(entry["size"] for entry in belonging)

@@ -18,7 +18,7 @@ from typing import Any
 import lance
 import obstore
 
-from cluster.index_store import PREFIX, files, read_manifest
+from cluster.index_store import list_objects, parts, read_manifest
 from cluster.readers import being_read
 from cluster.store import Store
 from operators.errors import StorageError
@@ -110,19 +110,8 @@ def _at(store: Store, name: str, version: int) -> lance.LanceDataset:
 
 def _collect_index(job: Job, manifests: Sequence[Mapping[str, Any]], dry_run: bool) -> dict[str, int]:
     """Delete the parts of indices that no kept release names: merged segments, and what runs that died left."""
-    needed = {path for manifest in manifests for path in files(manifest)}
-    surplus = [
-        entry
-        for batch in obstore.list(job.store.objects, f"{PREFIX}/")
-        for entry in batch
-        if not any(part in needed for part in _parents(entry["path"]))
-    ]
+    _, surplus = list_objects(job.store, {path for manifest in manifests for path in parts(manifest)})
     if not dry_run and surplus:
         job.lease.check()
         obstore.delete(job.store.objects, [entry["path"] for entry in surplus])
     return {"versions": 0, "files": len(surplus), "bytes": sum(entry["size"] for entry in surplus)}
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split("/")
-    return ["/".join(parts[: i + 1]) for i in range(len(parts))]

@@ -8,6 +8,8 @@ from pathlib import Path
 import lance
 import obstore
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 from cluster.commits import Committer
@@ -24,8 +26,11 @@ from pipelines.build_index import build_index
 from pipelines.config import load
 from pipelines.encode import encode
 from pipelines.extract import extract
+from pipelines.gc import gc
 from pipelines.ingest import ingest
 from pipelines.job import open_job
+from pipelines.nightly import nightly
+from pipelines.release import open_release
 from pipelines.search import search
 from pipelines.status import status
 from tests.media_files import make_video
@@ -98,6 +103,9 @@ def test_the_whole_chain_runs_in_buckets_and_shows_no_credential(
         f"encode.multivector.model={tiny_model}/late",
         "build_index.nbits=8",
         "max_failure_rate=1.0",
+        "manifest=s3://videos/corpus/manifest.jsonl",
+        "gates.min_overlap=null",
+        "gc={keep_releases: 1, keep_hours: 0, after_nightly: false}",
     )
 
     def index():
@@ -109,27 +117,33 @@ def test_the_whole_chain_runs_in_buckets_and_shows_no_credential(
 
     assert index()["new"] == 3
     with open_job(config, "build-index") as job:
-        built = build_index(job)
+        build_index(job)
     [first, *_] = search(config, "green moon", 3, True)
     assert first.video_id == "v2"
 
     obstore.put(bucket, f"corpus/{names[0]}", (tmp_path / "video.mp4").read_bytes())
-    counts = index()
+    with open_job(config, "nightly") as job:
+        nightly(job)
+    counts = job.summary.counts
     assert (counts["changed"], counts["unchanged"], counts["extract"]) == (1, 2, 1)
+    assert job.summary.release == {"release_id": 2, "live_before": 1, "state": "published"}
+    assert search(config, "green moon", 3, True)[0].video_id == "v2"
+    with open_job(config, "gc") as job:
+        assert gc(job)["releases"] == [1]
 
     store = Store.at(config.store, s3.options)
     keys = [(row["video_id"], row["modality"]) for row in store.open(MODALITIES).to_table().to_pylist()]
     assert sorted(keys) == [(f"v{i}", modality) for i in range(3) for modality in ("frame", "metadata")]
     assert store.open(token_table("multivector")).count_rows() == 6
     failed = {row["video_id"]: row["message"] for row in store.open(FAILURES).to_table().to_pylist()}
-    assert failed.keys() == {"gone", "kept from us", "forbidden"}
+    assert failed.keys() == {"gone", "line 5", "forbidden"}
     assert "there is no file at s3://videos/corpus/gone.mp4" in failed["gone"]
     assert "ACCESS_DENIED" in failed["forbidden"]
     found = status(config)
     assert found["tables"][VIDEOS]["rows"] == 3
     assert (found["held_by"], found["stale"]["extract"]) == (None, 0)
-    listed = obstore.list(store.objects, f"index/{built['index_id']}").collect()
-    assert num_bytes(store, built["index_id"]) == sum(entry["size"] for entry in listed) > 1000
+    listed = obstore.list(store.objects, "index/").collect()
+    assert num_bytes(store, open_release(store).manifest) == sum(entry["size"] for entry in listed) > 1000, "no orphans"
 
     recorded = [store.open(name).to_table().to_pylist() for name in (RUNS, RELEASES, FAILURES, VIDEOS)]
     logs = Path(cluster._private.worker.global_worker.node.get_logs_dir_path()).rglob("*")
@@ -143,7 +157,7 @@ def test_the_whole_chain_runs_in_buckets_and_shows_no_credential(
 def test_a_prefix_is_a_folder_of_videos(s3, bucket):
     for name in ("b.mp4", "deeper/a.mov", "notes.txt"):
         obstore.put(bucket, f"prefix/{name}", b"x")
-    [entries] = manifest.read("s3://videos/prefix/", "content", 10, environment(s3))
+    [entries] = manifest.read("s3://videos/prefix/", "content", 10, environment=environment(s3))
     assert [(entry.video_id, entry.uri, entry.error) for entry in entries] == [
         ("b.mp4", "s3://videos/prefix/b.mp4", None),
         ("deeper/a.mov", "s3://videos/prefix/deeper/a.mov", None),
@@ -157,13 +171,13 @@ def test_manifests_in_buckets_are_read(s3, bucket, suffix):
     (pa.csv.write_csv if suffix == ".csv" else pa.parquet.write_table)(table, sink)
     obstore.put(bucket, f"tables/m{suffix}", sink.getvalue().to_pybytes())
     obstore.put(bucket, "tables/a.mp4", b"x")
-    [[entry]] = manifest.read(f"s3://videos/tables/m{suffix}", "stat", 10, environment(s3))
+    [[entry]] = manifest.read(f"s3://videos/tables/m{suffix}", "stat", 10, environment=environment(s3))
     assert (entry.uri, entry.title, entry.error) == ("s3://videos/tables/a.mp4", "red cat", None)
 
 
 def test_a_manifest_that_may_not_be_read_is_said_to_be(s3):
     with pytest.raises(ConfigError, match="cannot read the manifest s3://forbidden/m.jsonl.*ACCESS_DENIED"):
-        list(manifest.read("s3://forbidden/m.jsonl", "stat", 10, environment(s3)))
+        list(manifest.read("s3://forbidden/m.jsonl", "stat", 10, environment=environment(s3)))
 
 
 def test_reading_a_file_survives_more_refusals_than_pyarrow_does_by_itself(s3, bucket):
