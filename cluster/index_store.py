@@ -378,7 +378,8 @@ def list_objects(store: Store, parts: Collection[str], index_ids: Collection[str
         Of the folders to look into; all of them if none is named.
     """
     prefixes = [_path(index_id, "") for index_id in index_ids] or [f"{PREFIX}/"]
-    belonging, others = [], []
+    belonging: list[Any] = []
+    others: list[Any] = []
     for entry in (e for prefix in prefixes for batch in obstore.list(store.objects, prefix) for e in batch):
         steps = entry["path"].split("/")
         mine = any("/".join(steps[: i + 1]) in parts for i in range(len(steps)))
