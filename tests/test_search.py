@@ -230,7 +230,7 @@ def test_equal_scores_rank_by_ordinal():
         assert ordinals.tolist() == [0, 1, 2, 3]
 
 
-def test_nothing_is_found_without_credentials_tokens_without_clips_or_in_lists_that_are_empty():
+def test_nothing_is_found_without_query_tokens_without_clips_or_in_lists_that_are_empty():
     segment, codec = built()
     none = np.zeros(0, np.int64)
     empty = Segment.build(np.empty((0, 32), np.float32), none, none, none.astype(np.uint8), 0, codec)
