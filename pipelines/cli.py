@@ -5,9 +5,11 @@ Results go to stdout, logs to stderr; with ``--json`` stdout holds exactly one J
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -69,16 +71,46 @@ def _run(
     from pipelines import config
 
     try:
-        result = work(config.load(files or [], assignments or [], store))
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints its warnings on stdout, which is for results
+            result = work(config.load(files or [], assignments or [], store))
     except Exception as error:  # the outermost boundary: whatever it is, say it and exit with its code
-        cause = getattr(error, "cause", None)  # a Ray task's error carries ours inside
-        known = next((e for e in (cause, error) if isinstance(e, MaxreelError)), None)
-        shown = known or (cause if isinstance(cause, Exception) else error)
+        known, message = _explain(error, MaxreelError)
         if verbose:
             print(without_credentials("".join(traceback.format_exception(error))), file=sys.stderr)
-        _fail(shown, known.exit_code if known else 1, bool(known), as_json, known.result if known else None, render)
+        code, done = (known.exit_code, known.result) if known else (1, None)
+        _fail(type(known or error).__name__, without_credentials(message), code, as_json, done, render)
     else:
         _print(result, render, as_json)
+
+
+FILE_SYSTEM_ERRORS = {
+    28: "there is no space left on the disk. Free some, or move the store",
+    30: "the file system is read-only. Make it writable, or name another store",
+    13: "permission denied. Give this user the rights to the store, or name another",
+}
+
+
+def _explain(error: Exception, known_kind: type[Any]) -> tuple[Any, str]:
+    """Return the error of ours that an error is or carries, if any, and what to say."""
+    cause = getattr(error, "cause", None)  # a Ray task's error carries what was raised
+    known = next((e for e in (cause, error) if isinstance(e, known_kind)), None)
+    text = str(error)
+    for number, advice in FILE_SYSTEM_ERRORS.items():
+        if f"(os error {number})" in text or f"[Errno {number}]" in text:
+            return (
+                known,
+                f"{advice}; what was committed is kept, and the next run goes on from there. ({_last_line(text)})",
+            )
+    if known is not None:
+        return known, str(known).strip() or type(known).__name__
+    raised = _last_line(text) if "Traceback" in text or "ray::" in text else f"{type(error).__name__}: {text.strip()}"
+    return None, f"{raised} (-v shows where)"
+
+
+def _last_line(text: str) -> str:
+    """Return the line of a traceback that says what was raised; Ray's own advice may follow it."""
+    lines = [line.strip() for line in text.splitlines() if re.match(r"\s*(?!ray\.)[\w.]+(Error|Exception): ", line)]
+    return lines[-1] if lines else text.strip().rpartition("\n")[2]
 
 
 def _print(result: Any, render: Callable[[Any], None], as_json: bool) -> None:
@@ -88,19 +120,14 @@ def _print(result: Any, render: Callable[[Any], None], as_json: bool) -> None:
         render(result)
 
 
-def _fail(
-    error: Exception, code: int, expected: bool, as_json: bool, result: Any, render: Callable[[Any], None]
-) -> None:
+def _fail(kind: str, message: str, code: int, as_json: bool, result: Any, render: Callable[[Any], None]) -> None:
     """Say what went wrong, after what was done before it did, and exit."""
-    from operators.errors import without_credentials
-
-    message = without_credentials(str(error).strip()) or type(error).__name__
     if as_json:
-        document = {"error": {"type": type(error).__name__, "message": message, "exit_code": code}}
+        document = {"error": {"type": kind, "message": message, "exit_code": code}}
         print(json.dumps((result or {}) | document, default=str))
     elif result is not None:
         render(result)
-    print(f"maxreel: {message if expected else f'{type(error).__name__}: {message} (-v shows where)'}", file=sys.stderr)
+    print(f"maxreel: {message}", file=sys.stderr)
     raise typer.Exit(code)
 
 

@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from cluster.lease import Lease
 from cluster.store import Store
+from operators.errors import MaxreelError
+from pipelines import cli
 from pipelines.cli import app
 
 
@@ -66,3 +68,32 @@ def test_the_doctor_names_a_missing_model_and_its_mend(tmp_path):
     assert "no_such_package" in bad["detail"]
     assert bad["mend"]
     assert [check["level"] for check in checks if check["name"] == "store"] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("LanceError(IO): No space left on device (os error 28), x.rs", "there is no space left on the disk"),
+        ("[Errno 30] Read-only file system: '/x'", "the file system is read-only"),
+    ],
+)
+def test_a_worker_that_cannot_write_says_why_and_what_to_do(cluster, text, said):
+    import ray.data
+
+    def write(batch):
+        raise OSError(text)
+
+    with pytest.raises(Exception) as raised:  # noqa: B017
+        ray.data.range(1).map_batches(write).materialize()
+    known, message = cli._explain(raised.value, MaxreelError)
+    assert known is None
+    assert message.startswith(said)
+    assert message.endswith(f"(OSError: {text})")
+
+
+def test_a_defect_in_a_worker_is_shown_by_its_own_line():
+    text = (
+        "ray::f() (pid=1)\n  File x\n    raise KeyError('a')\nKeyError: 'a'\nUDF failed.\nTo change retries, configure."
+    )
+    assert cli._explain(RuntimeError(text), MaxreelError) == (None, "KeyError: 'a' (-v shows where)")
+    assert cli._explain(ValueError("odd"), MaxreelError) == (None, "ValueError: odd (-v shows where)")
