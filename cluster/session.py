@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import pyarrow as pa
 import ray
@@ -88,13 +89,19 @@ def _configure_ray_data(no_progress_seconds: float) -> None:
     context.execution_no_progress_timeout_s = int(no_progress_seconds)
 
 
-def blocks(work: pa.Table, num_blocks: int) -> ray.data.Dataset:
-    """Return a dataset of ``num_blocks`` blocks, cut here: Ray's own ``repartition`` asks for a whole CPU a task.
+def even_sizes(num_rows: int, num_blocks: int) -> list[int]:
+    """Return the rows of each of ``num_blocks`` blocks of about one size."""
+    edges = [num_rows * i // num_blocks for i in range(num_blocks + 1)] if num_blocks else []
+    return [b - a for a, b in pairwise(edges)]
+
+
+def blocks(work: pa.Table, sizes: Sequence[int]) -> ray.data.Dataset:
+    """Return a dataset of blocks of so many rows each, cut here: Ray's own ``repartition`` asks for a whole CPU a task.
 
     On a small cluster whose pools hold most of the CPUs that request is never met, and the job waits for ever.
     """
-    edges = [work.num_rows * i // num_blocks for i in range(num_blocks + 1)]
-    pieces = [work.slice(a, b - a).combine_chunks() for a, b in zip(edges, edges[1:], strict=False)]
+    starts = accumulate(sizes, initial=0)
+    pieces = [work.slice(start, size).combine_chunks() for start, size in zip(starts, sizes, strict=False)]
     return ray.data.from_arrow(pieces)
 
 

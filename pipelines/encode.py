@@ -16,7 +16,7 @@ import ray.data
 
 from cluster.commits import batch_rows, compact, write_receipt
 from cluster.freshness import Difference, compare
-from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, plan_actors
+from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, even_sizes, plan_actors
 from cluster.store import MODALITIES, Store, token_table
 from operators import pooling, schema
 from operators.encode import CLIP_MODALITIES, Encode
@@ -131,7 +131,7 @@ def _run(job: Job, work: pa.Table, table: str, dim: int) -> None:
     batches = -(-work.num_rows // config.resources.batch_clips)
     num_blocks = min(work.num_rows, max(batches, pool.num_actors))
     receipts = (
-        blocks(work, num_blocks)
+        blocks(work, even_sizes(work.num_rows, num_blocks))
         .map_batches(read, batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
         .map_batches(
             Encode,

@@ -20,7 +20,7 @@ import ray.data
 
 from cluster.commits import batch_rows, compact, write_receipt
 from cluster.freshness import Difference, Quarantine, compare
-from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, plan_actors
+from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, even_sizes, plan_actors
 from cluster.store import MODALITIES, VIDEOS, Store
 from operators import modalities, schema, weights
 from operators.decode import Decode
@@ -40,7 +40,10 @@ WORK_SHARES = {"decode": 1.0, SPEECH: 1.0, SCREEN_TEXT: 6.0}
 """CPU time of the stages relative to each other, measured on real videos; sizes the actor pools."""
 
 MAX_BLOCKS = 4096
-"""Work is cut into at most this many blocks, so that Ray's driver keeps a bounded number of tasks."""
+"""Videos with a file are cut into at most this many blocks, so that Ray's driver keeps a bounded number of tasks."""
+
+BLOCK_ROWS = 256
+"""Videos without a file in a block: a task costs Ray more than reading the metadata of one."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def extract(job: Job, dry_run: bool = False) -> None:
 
 
 def plan(store: Store, config: ExtractConfig, fingerprints: Fingerprints, quarantine: Quarantine) -> Work:
-    """Return what is missing: a row a video, longest first, with the stages wanted and their fingerprints."""
+    """Return what is missing: a row a video, longest first and those without a file last."""
     videos = _videos(store, fingerprints)
     kinds = [
         pa.table({"video_id": videos["video_id"], "fingerprint": videos[modality]}).append_column(
@@ -135,13 +138,14 @@ def plan(store: Store, config: ExtractConfig, fingerprints: Fingerprints, quaran
             else:
                 wanted.append(modality)
         if wanted:
-            work.append((-(video["duration_seconds"] or 0.0), video_id, _work_row(video, wanted)))
-    rows = [row for _, _, row in sorted(work, key=lambda item: item[:2])]
+            order = (video["uri"] is None, -(video["duration_seconds"] or 0.0), video_id)
+            work.append((order, _work_row(video, wanted)))
+    rows = [row for _, row in sorted(work, key=lambda item: item[0])]
     return Work(pa.Table.from_pylist(rows, schema=_WORK), difference, len(quarantined), len(waiting - quarantined))
 
 
 def _videos(store: Store, fingerprints: Fingerprints) -> pa.Table:
-    """Return row id, video_id, duration and the fingerprint of each stage of every video."""
+    """Return row id, video_id, uri, duration and the fingerprint of each stage of every video."""
     rows = store.rows(
         VIDEOS, ["video_id", "uri", "source_fingerprint", "title", "description", "tags", "duration_seconds"]
     )
@@ -150,20 +154,32 @@ def _videos(store: Store, fingerprints: Fingerprints) -> pa.Table:
         for video in batch.to_pylist():
             for stage, value in fingerprints.of(video).items():
                 stages[stage].append(value)
-    found = rows.select(["_rowid", "video_id", "duration_seconds"])
+    found = rows.select(["_rowid", "video_id", "uri", "duration_seconds"])
     for stage, values in stages.items():
         found = found.append_column(stage, pa.array(values, pa.string()))
     return found
 
 
 _FINGERPRINTS = pa.list_(pa.struct([("stage", pa.string()), ("fingerprint", pa.string())]))
-_WORK = pa.schema([("row_id", pa.uint64()), ("wanted", pa.list_(pa.string())), ("fingerprints", _FINGERPRINTS)])
+_WORK = pa.schema(
+    [
+        ("row_id", pa.uint64()),
+        ("has_file", pa.bool_()),
+        ("wanted", pa.list_(pa.string())),
+        ("fingerprints", _FINGERPRINTS),
+    ]
+)
 
 
 def _work_row(video: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
     fingerprints = [{"stage": stage, "fingerprint": video[stage]} for stage in ("decode", *schema.MODALITIES)]
     ordered = [modality for modality in schema.MODALITIES if modality in wanted]
-    return {"row_id": video["_rowid"], "wanted": ordered, "fingerprints": fingerprints}
+    return {
+        "row_id": video["_rowid"],
+        "has_file": video["uri"] is not None,
+        "wanted": ordered,
+        "fingerprints": fingerprints,
+    }
 
 
 def _existing(store: Store) -> pa.Table:
@@ -186,7 +202,7 @@ def _run(job: Job, work: pa.Table) -> None:
         to_rows=modality_rows,
         count=_count,
     )
-    clips = blocks(work, min(work.num_rows, MAX_BLOCKS))
+    clips = blocks(work, _block_sizes(work))
     clips = clips.map_batches(read, batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
     for name, operator, parameters in operators(config, job.config.storage.environment()):
         clips = clips.map_batches(
@@ -210,6 +226,14 @@ def _run(job: Job, work: pa.Table) -> None:
     committer.flush()
     job.summary.add(committer.tally)
     _forget_resolved(job, work)
+
+
+def _block_sizes(work: pa.Table) -> list[int]:
+    """Return how many videos go into each block: one if it has a file, as far as `MAX_BLOCKS` allows."""
+    num_files = pc.sum(work["has_file"]).as_py()
+    num_others = work.num_rows - num_files
+    of_files = even_sizes(num_files, min(num_files, MAX_BLOCKS))
+    return [*of_files, *even_sizes(num_others, -(-num_others // BLOCK_ROWS))]
 
 
 def plan_pools(config: ExtractConfig, num_cpus: float, num_videos: int) -> list[Pool]:

@@ -17,7 +17,7 @@ import ray.data
 
 from cluster.commits import write_receipt
 from cluster.freshness import compare
-from cluster.session import TASK_CPUS, blocks, check_schedule, plan_actors
+from cluster.session import TASK_CPUS, blocks, check_schedule, even_sizes, plan_actors
 from cluster.store import FAILURES, VIDEOS
 from operators import schema
 from operators.decode import Probe
@@ -131,8 +131,9 @@ def _probe_and_write(job: Job, new: pa.Table, replaced_row_ids: list[int]) -> No
     write = partial(
         write_receipt, store=job.store, table=VIDEOS, table_schema=schema.VIDEOS, to_rows=_video_rows, count=_count
     )
+    num_blocks = min(new.num_rows, max(4 * pool.num_actors, new.num_rows // 64))
     receipts = (
-        blocks(new, min(new.num_rows, max(4 * pool.num_actors, new.num_rows // 64)))
+        blocks(new, even_sizes(new.num_rows, num_blocks))
         .map_batches(
             Probe,
             fn_constructor_kwargs={
