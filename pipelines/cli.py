@@ -145,14 +145,18 @@ def _set_up_logging(verbose: bool, quiet: bool) -> None:
 
 
 def _job(
-    name: str, steps: Callable[[Job], Any], next_commands: Sequence[str] = (), dry_run: bool = False
+    name: str,
+    steps: Callable[[Job], Any],
+    next_commands: Sequence[str] = (),
+    dry_run: bool = False,
+    creates: bool = False,
 ) -> Callable[[Config], Any]:
     """Return work that runs steps under one lease and gives what they return, or else their summary."""
 
     def work(config: Config) -> Any:
         from pipelines.job import open_job
 
-        with open_job(config, name, dry_run) as job:
+        with open_job(config, name, dry_run, creates) as job:
             result = steps(job)
             job.summary.next_commands = [command.format(store=job.store.uri) for command in next_commands]
             job.limit_failures()
@@ -212,7 +216,7 @@ def index(
         extract(job, dry_run)
         encode(job, dry_run)
 
-    work = _job("index", steps, ["maxreel build-index --store {store}"], dry_run)
+    work = _job("index", steps, ["maxreel build-index --store {store}"], dry_run, creates=True)
     _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
 
 
@@ -236,7 +240,7 @@ def ingest(
 
         ingest(job, manifest, remove_gone, dry_run)
 
-    work = _job("ingest", steps, ["maxreel extract --store {store}"], dry_run)
+    work = _job("ingest", steps, ["maxreel extract --store {store}"], dry_run, creates=True)
     _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
 
 
@@ -402,7 +406,7 @@ def nightly(
         from operators.errors import MaxreelError
         from pipelines import nightly
 
-        job = _job("nightly", lambda job: nightly.nightly(job, dry_run), dry_run=dry_run)
+        job = _job("nightly", lambda job: nightly.nightly(job, dry_run), dry_run=dry_run, creates=True)
         if dry_run:
             return job(loaded)
         try:

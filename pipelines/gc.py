@@ -3,7 +3,7 @@
 Kept are the newest releases that were published, all that readers could open within the last hours, what open readers
 marked, and the newest draft. First the log says that the others can no longer be opened, then their files go; a kill in
 between leaves files that the next collection finds. The store is held meanwhile, so what no table refers to is an orphan
-of a run that died.
+of a run that died. The tables of a row a run are compacted on the way.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 import lance
 import obstore
 
+from cluster.commits import compact
 from cluster.index_store import list_objects, parts, read_manifest
 from cluster.readers import being_read
-from cluster.store import Store
+from cluster.store import FAILURES, RELEASES, RUNS, Store
 from operators.errors import StorageError
 from pipelines.job import Job
 from pipelines.release import COLLECTED, PUBLISHED, collect, live_id, read_log
@@ -39,6 +40,8 @@ def gc(job: Job, dry_run: bool = False) -> dict[str, Any]:
     manifests = [read_manifest(store, newest[release_id]["index_id"]) for release_id in sorted(kept)]
     if drop and not dry_run:
         collect(job, drop)
+    for name in (FAILURES, RUNS, RELEASES) if not dry_run else ():
+        compact(store, name, job.lease)
     freed = _collect_index(job, manifests, dry_run)
     for name, versions in _pinned(store, manifests, [newest[release_id] for release_id in kept]).items():
         for what, count in _collect_table(job, name, versions, dry_run).items():

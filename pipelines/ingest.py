@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from cluster.commits import write_receipt
+from cluster.commits import compact, write_receipt
 from cluster.freshness import compare
 from cluster.session import TASK_CPUS, blocks, check_schedule, even_sizes, plan_actors
 from cluster.store import FAILURES, VIDEOS
@@ -75,6 +75,8 @@ def ingest(job: Job, manifest_uri: str, remove_gone: bool = False, dry_run: bool
             job.lease.check()
             job.store.delete_rows(VIDEOS, gone["_rowid"].to_pylist())
             _forget_the_gone(job, checked.ids)
+        if not dry_run:
+            compact(job.store, VIDEOS, job.lease)
 
 
 def _forget_the_gone(job: Job, listed: pa.ChunkedArray) -> None:

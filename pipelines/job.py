@@ -22,7 +22,7 @@ from cluster.commits import Committer, StageTime, Tally
 from cluster.freshness import Quarantine
 from cluster.lease import Lease
 from cluster.session import Pool, cluster_resources, session
-from cluster.store import FAILURES, RUNS, Store, check_location
+from cluster.store import FAILURES, RUNS, VIDEOS, Store, check_location
 from operators import schema
 from operators.errors import GateFailedError, MaxreelError, TooManyFailuresError
 from pipelines.config import Config
@@ -180,17 +180,24 @@ def new_run_id() -> str:
 
 
 @contextmanager
-def open_job(config: Config, name: str, dry_run: bool = False) -> Iterator[Job]:
+def open_job(config: Config, name: str, dry_run: bool = False, creates: bool = True) -> Iterator[Job]:
     """Hold the store for one run and record it in ``runs``; a dry run does neither, and writes nothing.
+
+    Parameters
+    ----------
+    creates
+        Make the store where there is none.
 
     Raises
     ------
     StoreHeldError
         If another run holds the store.
     StorageError
-        If the store is of another format.
+        If the store is of another format, or there is none.
     """
     store, run_id = open_store(config), new_run_id()
+    if not creates:
+        store.open(VIDEOS)
     with ExitStack() as stack:
         lease = Lease(store, run_id, name, config.storage.lease_seconds)
         job = Job(config, name, store, lease, run_id, stack)

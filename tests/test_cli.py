@@ -97,3 +97,13 @@ def test_a_defect_in_a_worker_is_shown_by_its_own_line():
     )
     assert cli._explain(RuntimeError(text), MaxreelError) == (None, "KeyError: 'a' (-v shows where)")
     assert cli._explain(ValueError("odd"), MaxreelError) == (None, "ValueError: odd (-v shows where)")
+
+
+@pytest.mark.parametrize(
+    "command", [("gc",), ("publish",), ("rollback", "--reason", "r"), ("retry",), ("build-index",)]
+)
+def test_commands_that_need_a_store_make_none(tmp_path, command):
+    result = run(*command, "--store", tmp_path / "typo")
+    assert result.exit_code == 1
+    assert "has no table 'videos'" in result.stderr
+    assert not (tmp_path / "typo").exists()
