@@ -7,6 +7,7 @@ import pytest
 from cluster.commits import Committer, compact, was_committed, write_receipt
 from cluster.lease import Lease
 from cluster.store import FAILURES
+from operators.errors import StorageError
 
 SCHEMA = pa.schema([("video_id", pa.string()), ("value", pa.int64())])
 
@@ -167,6 +168,45 @@ def test_compaction_keeps_every_row(store, lease):
     compact(store, "numbers", lease)
     assert values(store) == list(range(70))
     assert len(store.open("numbers").get_fragments()) < 70
+
+
+def test_compaction_leaves_large_fragments_as_they_are(store, lease, monkeypatch):
+    monkeypatch.setattr("cluster.commits.COMPACT_ROWS", 50)
+    large = committer(store, lease, every_rows=1)
+    large.add(receipt(store, batch(*range(1000, 1060))))
+    [before] = [f.data_files()[0].path for f in store.open("numbers").get_fragments()]
+    for value in range(70):
+        large.add(receipt(store, batch(value)))
+    compact(store, "numbers", lease)
+    files = [f.data_files()[0].path for f in store.open("numbers").get_fragments()]
+    assert before in files
+    assert len(files) < 5
+
+
+def test_row_ids_stay_when_a_table_is_compacted_and_never_come_again(store, lease):
+    writer = committer(store, lease, every_rows=1)
+    for value in range(70):
+        writer.add(receipt(store, batch(value)))
+    ids = lambda: {r["value"]: r["_rowid"] for r in store.rows("numbers", ["value"], SCHEMA).to_pylist()}  # noqa: E731
+    before = ids()
+    store.delete_rows("numbers", [before[69]])
+    compact(store, "numbers", lease)
+    writer.add(receipt(store, batch(69)))
+    after = ids()
+    assert {value: after[value] for value in range(69)} == {value: before[value] for value in range(69)}
+    assert after[69] not in before.values()
+    assert store.take("numbers", store.open("numbers").version, [before[3], before[1]], ["value"])[
+        "value"
+    ].to_pylist() == [3, 1]
+
+
+def test_a_table_of_other_columns_is_refused_and_not_emptied(store):
+    lance.write_dataset(
+        pa.table({"video_id": ["kept"]}), store.table_uri("videos"), storage_options=dict(store.options) or None
+    )
+    with pytest.raises(StorageError, match="other columns than this maxreel writes"):
+        store.create("videos")
+    assert store.open("videos").count_rows() == 1
 
 
 def test_a_receipt_survives_json(store):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from operators.encoder_lexical import LexicalEncoder
 from operators.encoder_multivector import MultiVectorModel
 from operators.encoder_offline import OfflineEncoder
 from operators.encoders import Content, Query, TokenEmbeddings, join_spans, span_of, token_batches
@@ -141,3 +142,21 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path, tiny_model):
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lacks 1 weights"):
         OfflineEncoder(**(OFFLINE | {"text_model": str(tmp_path)}))
+
+
+def test_lexical_embeddings_match_the_same_word_and_no_other():
+    encoder = LexicalEncoder(dim=64)
+    [clip] = encoder.encode_documents([{"speech": Content(spans("Red moon,", "red cat")), "frame": Content()}])
+    [query] = encoder.encode_queries([Query(text="RED cat?")])
+    similarities = query @ clip["speech"].embeddings.T
+    np.testing.assert_allclose(similarities[0, [0, 2]], 1, atol=1e-6)
+    np.testing.assert_allclose(similarities[1, 3], 1, atol=1e-6)
+    assert abs(similarities[0, [1, 3]]).max() < 0.5
+    assert clip["speech"].span_index.tolist() == [0, 0, 1, 1]
+    assert clip["frame"].embeddings.shape == (0, 64)
+    assert encoder.query_tokens(Query(text="RED cat?")) == ["RED", "cat"]
+
+
+def test_a_query_without_words_is_refused_by_the_lexical_encoder():
+    with pytest.raises(ConfigError, match=r"'\?!' has no words"):
+        LexicalEncoder().encode_queries([Query(text="?!")])

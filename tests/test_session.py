@@ -1,7 +1,9 @@
+import pyarrow as pa
 import pytest
 
-from cluster.session import RESERVED_CPUS, TASK_CPUS, Pool, check_schedule, plan_actors
+from cluster.session import RESERVED_CPUS, TASK_CPUS, Pool, check_schedule, even_sizes, plan_actors
 from operators.errors import ConfigError, ScheduleError
+from pipelines.extract import _block_sizes
 
 SHARES = {"decode": 1.0, "speech": 1.0, "screen_text": 6.0}
 OPEN = dict.fromkeys(SHARES)
@@ -30,3 +32,15 @@ def test_a_job_that_would_wait_for_ever_is_refused_with_its_arithmetic():
         check_schedule(pools, 3, {"CPU": 2.0})
     with pytest.raises(ConfigError, match="1.00 GPUs"):
         check_schedule([Pool("encode", 1, 0.5, num_gpus=1)], 0, {"CPU": 2.0})
+
+
+@pytest.mark.parametrize(("num_rows", "num_blocks"), [(0, 0), (5, 5), (7, 3), (4096 * 3 + 1, 4096)])
+def test_blocks_hold_every_row_and_differ_by_one_at_most(num_rows, num_blocks):
+    sizes = even_sizes(num_rows, num_blocks)
+    assert (sum(sizes), len(sizes)) == (num_rows, num_blocks)
+    assert max(sizes, default=0) - min(sizes, default=0) <= 1
+
+
+def test_videos_with_a_file_go_one_by_one_and_others_together():
+    work = pa.table({"has_file": [True] * 3 + [False] * 600})
+    assert _block_sizes(work) == [1, 1, 1, 200, 200, 200]
