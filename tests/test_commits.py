@@ -161,21 +161,23 @@ def test_several_clips_of_one_video_that_fail_count_as_one_attempt(store, lease)
     assert store.open(FAILURES).to_table()["attempts"].to_pylist() == [1]
 
 
-def test_compaction_keeps_every_row(store, lease):
+def test_compaction_keeps_every_row(store, lease, monkeypatch):
+    monkeypatch.setattr("cluster.commits.COMPACT_FRAGMENTS", 8)
     writer = committer(store, lease, every_rows=1)
-    for value in range(70):
+    for value in range(10):
         writer.add(receipt(store, batch(value)))
     compact(store, "numbers", lease)
-    assert values(store) == list(range(70))
-    assert len(store.open("numbers").get_fragments()) < 70
+    assert values(store) == list(range(10))
+    assert len(store.open("numbers").get_fragments()) < 10
 
 
 def test_compaction_leaves_large_fragments_as_they_are(store, lease, monkeypatch):
+    monkeypatch.setattr("cluster.commits.COMPACT_FRAGMENTS", 8)
     monkeypatch.setattr("cluster.commits.COMPACT_ROWS", 50)
     large = committer(store, lease, every_rows=1)
     large.add(receipt(store, batch(*range(1000, 1060))))
     [before] = [f.data_files()[0].path for f in store.open("numbers").get_fragments()]
-    for value in range(70):
+    for value in range(10):
         large.add(receipt(store, batch(value)))
     compact(store, "numbers", lease)
     files = [f.data_files()[0].path for f in store.open("numbers").get_fragments()]
@@ -183,18 +185,19 @@ def test_compaction_leaves_large_fragments_as_they_are(store, lease, monkeypatch
     assert len(files) < 5
 
 
-def test_row_ids_stay_when_a_table_is_compacted_and_never_come_again(store, lease):
+def test_row_ids_stay_when_a_table_is_compacted_and_never_come_again(store, lease, monkeypatch):
+    monkeypatch.setattr("cluster.commits.COMPACT_FRAGMENTS", 8)
     writer = committer(store, lease, every_rows=1)
-    for value in range(70):
+    for value in range(10):
         writer.add(receipt(store, batch(value)))
     ids = lambda: {r["value"]: r["_rowid"] for r in store.rows("numbers", ["value"], SCHEMA).to_pylist()}  # noqa: E731
     before = ids()
-    store.delete_rows("numbers", [before[69]])
+    store.delete_rows("numbers", [before[9]])
     compact(store, "numbers", lease)
-    writer.add(receipt(store, batch(69)))
+    writer.add(receipt(store, batch(9)))
     after = ids()
-    assert {value: after[value] for value in range(69)} == {value: before[value] for value in range(69)}
-    assert after[69] not in before.values()
+    assert {value: after[value] for value in range(9)} == {value: before[value] for value in range(9)}
+    assert after[9] not in before.values()
     assert store.take("numbers", store.open("numbers").version, [before[3], before[1]], ["value"])[
         "value"
     ].to_pylist() == [3, 1]
