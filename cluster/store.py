@@ -182,6 +182,10 @@ class Store:
             remedy = "Use a newer maxreel" if newer else "Index into a new store"
             raise StorageError(f"{self.uri} is a store of format {number}; this maxreel reads {FORMAT}. {remedy}.")
 
+    def num_bytes(self) -> int:
+        """Return the size of everything in the store."""
+        return sum(entry["size"] for batch in obstore.list(self.objects) for entry in batch)
+
     def exists(self, path: str) -> bool:
         """Return whether there is a small object at a path."""
         try:

@@ -189,7 +189,8 @@ def _existing(store: Store) -> pa.Table:
 
 def _run(job: Job, work: pa.Table) -> None:
     config, resources = job.config.extract, job.start_ray()
-    pools = {pool.name: pool for pool in plan_pools(config, resources["CPU"], work.num_rows)}
+    sizes = _block_sizes(work)
+    pools = {pool.name: pool for pool in plan_pools(config, resources["CPU"], len(sizes))}
     check_schedule(list(pools.values()), 3, resources)
     job.use(list(pools.values()))
     committer = job.committer(MODALITIES)
@@ -202,7 +203,7 @@ def _run(job: Job, work: pa.Table) -> None:
         to_rows=modality_rows,
         count=_count,
     )
-    clips = blocks(work, _block_sizes(work))
+    clips = blocks(work, sizes)
     clips = clips.map_batches(read, batch_format="pyarrow", batch_size=None, num_cpus=TASK_CPUS)
     for name, operator, parameters in operators(config, job.config.storage.environment()):
         clips = clips.map_batches(
@@ -236,13 +237,13 @@ def _block_sizes(work: pa.Table) -> list[int]:
     return [*of_files, *even_sizes(num_others, -(-num_others // BLOCK_ROWS))]
 
 
-def plan_pools(config: ExtractConfig, num_cpus: float, num_videos: int) -> list[Pool]:
+def plan_pools(config: ExtractConfig, num_cpus: float, num_blocks: int) -> list[Pool]:
     """Return the actor pools of the stages that the wanted modalities need."""
     wanted = {"decode": 1.0} | {
         stage: WORK_SHARES[stage] for stage in (SPEECH, SCREEN_TEXT) if stage in config.modalities
     }
     fixed = config.resources.model_dump()
-    pools = plan_actors(wanted, num_cpus, {stage: fixed[stage] for stage in STAGES}, num_videos)
+    pools = plan_actors(wanted, num_cpus, {stage: fixed[stage] for stage in STAGES}, num_blocks)
     gpus = config.resources.gpus_each
     return [Pool(p.name, p.num_actors, p.num_cpus, 0.0 if p.name == "decode" else gpus) for p in pools]
 

@@ -62,6 +62,7 @@ def nightly(job: Job, dry_run: bool = False) -> None:
         raise
     if job.config.gc.after_nightly:
         gc(job)
+    job.summary.store_bytes = job.store.num_bytes()
 
 
 def _release(job: Job, live: Release | None, stays: str) -> None:

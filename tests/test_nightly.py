@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
 from cluster.lease import Lease
 from cluster.readers import being_read, reading
@@ -16,13 +17,15 @@ from operators.encoders import Query
 from operators.errors import ConfigError, GateFailedError, StorageError, TooManyFailuresError
 from operators.schema import token_embeddings
 from pipelines.build_index import build_index
+from pipelines.cli import app
 from pipelines.config import load
 from pipelines.evaluate import open_fleet, search_all, search_fleet
 from pipelines.gc import gc
-from pipelines.job import open_job
+from pipelines.job import forget, open_job
 from pipelines.nightly import nightly
 from pipelines.release import list_releases, open_release, publish, read_log, to_publish, to_roll_back_to
 from pipelines.search import search
+from pipelines.status import select_failures
 from tests.media_files import make_video
 
 TOKENS = token_table("lexical")
@@ -84,6 +87,8 @@ def ids(store, table):
 
 def test_a_night_does_what_changed_and_nothing_else(nights):
     first = nights.night()
+    size = sum(f.stat().st_size for f in Path(nights.store.uri).rglob("*") if f.is_file())
+    assert 0.5 * size < first.store_bytes <= size
     assert first.release == {"release_id": 1, "live_before": None, "state": "published"}
     again = nights.night()
     assert again.release["state"] == "unchanged"
@@ -420,3 +425,55 @@ def test_a_night_whose_lease_is_held_ends_with_code_5(nights):
         nights.night()
     assert held.value.exit_code == 5
     shutil.rmtree(nights.store.uri)
+
+
+def test_the_command_line_of_a_night_and_of_the_morning_after(nights, tmp_path):
+    nights.config()  # writes the manifest
+
+    def maxreel(*arguments):
+        return CliRunner().invoke(app, [*arguments, "--store", nights.store.uri])
+
+    settings = tmp_path / "nightly.yaml"
+    settings.write_text(
+        f"manifest: {nights.folder}/manifest.jsonl\n"
+        "extract: {modalities: [metadata]}\n"
+        "encode: {encoder: lexical}\n"
+        "prices: {currency: EUR, cpu_hour: 1}\n"
+    )
+    done = maxreel("nightly", "-c", str(settings))
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("published release 1: 40 new, 0 changed, 0 gone, 0 failed")
+    nights.titles = {video: "zebra" for video in nights.titles}
+    nights.config()
+    refused = maxreel("nightly", "-c", str(settings))
+    assert refused.exit_code == 4
+    assert refused.stdout.startswith("NOT PUBLISHED: gate tokens: metadata is -0.9")
+    assert "maxreel publish 2" in refused.stdout
+    shown = json.loads(maxreel("report", "--json", "--out", str(tmp_path / "out"), "-c", str(settings)).stdout)
+    assert (shown["schema"], shown["run"]["exit_code"]) == ("maxreel.report/1", 4)
+    assert (tmp_path / "out/report.html").read_text().startswith("<!DOCTYPE html>")
+    runs = json.loads(maxreel("runs", "--json").stdout)["runs"]
+    assert [(run["job"], run["exit_code"]) for run in runs] == [("nightly", 4), ("nightly", 0)]
+    for run in runs:
+        assert (Path(nights.store.uri) / f"reports/{run['run_id']}.html").exists()
+    states = [
+        (r["release_id"], r["state"], r["live"]) for r in json.loads(maxreel("releases", "--json").stdout)["releases"]
+    ]
+    assert states == [(2, "refused", False), (1, "published", True)]
+    assert maxreel("publish", "2").stdout == "release 2 is live\n"
+    assert maxreel("rollback", "--reason", "zebras").stdout == "release 1 is live\n"
+    assert "rolled back: zebras" in maxreel("releases").stdout
+
+
+def test_what_was_given_up_is_tried_again_when_asked(nights):
+    (nights.folder / "broken.mp4").write_bytes(b"not a video")
+    nights.titles["broken"] = "zebra"
+    nights.files["broken"] = {"uri": "broken.mp4"}
+    settings = ["extract.modalities=[frame,metadata]", "allowed_failures=5"]
+    nights.night(*settings)
+    assert nights.night(*settings).counts["extract"] == 0
+    with nights.job() as job:
+        with pytest.raises(ConfigError, match="no failures of other"):
+            select_failures(job.store, None, ["other"])
+        forget(job, select_failures(job.store, None, ["broken"]))
+    assert nights.night(*settings).counts["extract"] == 1
