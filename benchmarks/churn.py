@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--nights", type=int, default=10)
     parser.add_argument("--no-fresh", action="store_true", help="build nothing from nothing beside it")
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     manifest, store = arguments.folder / "manifest.jsonl", arguments.folder / "store"
     settings = [
         f"manifest={manifest}",

@@ -55,7 +55,8 @@ class Nights:
             "build_index.nbits=8",
             "build_index.segment_tokens=300",
             "retries.wait_seconds=0",
-            "gates.min_overlap=0.2",
+            "gates.min_recall=null",  # gates that search take as long as the rest of a night
+            "gates.min_overlap=null",
             "gc.keep_hours=0",
             *assignments,
         ]
@@ -235,6 +236,7 @@ def test_a_failed_gate_leaves_readers_where_they_are(nights, tmp_path):
     queries.write_text('{"id": "q", "text": "zebra"}\n')
     qrels.write_text("q 0 v000 1\n")  # it is not what is found
     canaries = [f"gates.canaries={queries}", f"gates.canary_qrels={qrels}", "gates.min_quality=0.9"]
+    canaries.append("gates.min_recall=0.85")
     with pytest.raises(
         GateFailedError, match=r"release 2 was refused: gate nDCG@10 is .*release 1 stays live"
     ) as failed:
@@ -253,6 +255,16 @@ def test_a_failed_gate_leaves_readers_where_they_are(nights, tmp_path):
     gates = {gate["name"]: gate for gate in nights.night(*canaries).gates}
     assert gates["nDCG@10"]["value"] == 1.0
     assert gates["recall"]["passed"]
+
+
+def test_a_release_that_finds_other_videos_than_the_live_one_is_refused(nights):
+    nights.night()
+    nights.titles = dict(zip(nights.titles, reversed(list(nights.titles.values())), strict=True))
+    with pytest.raises(GateFailedError, match="gate overlap with live is 0"):
+        nights.night("gates.min_overlap=0.5", "gates.min_recall=0.9")
+    gates = {gate["name"]: gate for gate in json.loads(read_log(nights.store)[-1]["gates"])}
+    assert gates["recall"]["value"] >= 0.9, "what is there is found"
+    assert gates["overlap with live"]["value"] < 0.5
 
 
 def test_tokens_that_vanish_stop_the_release(nights):
