@@ -6,6 +6,7 @@ Results go to stdout, logs to stderr; with ``--json`` stdout holds exactly one J
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -53,6 +54,39 @@ def main() -> None:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the lease is released
     app()
+
+
+Command = tuple["Callable[[Config], Any]", Callable[[Any], None]]
+"""What a command does with the loaded configuration, and how its result is shown."""
+
+
+def _command(name: str | None = None) -> Callable[[Callable[..., Command]], Callable[..., Command]]:
+    """Register a command. The options that all of them take are added to its own."""
+
+    def register(function: Callable[..., Command]) -> Callable[..., Command]:
+        own = inspect.signature(function, eval_str=True)
+
+        def run(
+            store: StoreOption = None,
+            config: ConfigOption = None,
+            assignments: SetOption = None,
+            as_json: JsonOption = False,
+            verbose: VerboseOption = False,
+            quiet: QuietOption = False,
+            **arguments: Any,
+        ) -> None:
+            work, render = function(**arguments)
+            _run(work, render, config, assignments, store, as_json, verbose, quiet)
+
+        shared = list(inspect.signature(run, eval_str=True).parameters.values())[:-1]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own.parameters.values(), *shared)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__doc__ = function.__doc__
+        app.command(name or function.__name__)(run)
+        return function
+
+    return register
 
 
 def _run(
@@ -192,18 +226,8 @@ RemoveGoneOption = Annotated[
 ]
 
 
-@app.command()
-def index(
-    manifest: ManifestArgument,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    remove_gone: RemoveGoneOption = False,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_command()
+def index(manifest: ManifestArgument, remove_gone: RemoveGoneOption = False, dry_run: DryRunOption = False) -> Command:
     """Bring a store up to date with a manifest: ingest, extract and encode what is new or changed."""
     from pipelines import render
 
@@ -217,21 +241,11 @@ def index(
         encode(job, dry_run)
 
     work = _job("index", steps, ["maxreel build-index --store {store}"], dry_run, creates=True)
-    _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
+    return work, render.summary
 
 
-@app.command()
-def ingest(
-    manifest: ManifestArgument,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    remove_gone: RemoveGoneOption = False,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_command()
+def ingest(manifest: ManifestArgument, remove_gone: RemoveGoneOption = False, dry_run: DryRunOption = False) -> Command:
     """Read a manifest into `videos`, new and changed ones only."""
     from pipelines import render
 
@@ -241,19 +255,11 @@ def ingest(
         ingest(job, manifest, remove_gone, dry_run)
 
     work = _job("ingest", steps, ["maxreel extract --store {store}"], dry_run, creates=True)
-    _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
+    return work, render.summary
 
 
-@app.command()
-def extract(
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_command()
+def extract(dry_run: DryRunOption = False) -> Command:
     """Extract frames, speech, screen text and metadata that are missing or stale."""
     from pipelines import render
 
@@ -263,19 +269,11 @@ def extract(
         extract(job, dry_run)
 
     work = _job("extract", steps, ["maxreel encode --store {store}"], dry_run)
-    _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
+    return work, render.summary
 
 
-@app.command()
-def encode(
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_command()
+def encode(dry_run: DryRunOption = False) -> Command:
     """Encode modalities whose token embeddings are missing or stale."""
     from pipelines import render
 
@@ -285,21 +283,15 @@ def encode(
         encode(job, dry_run)
 
     work = _job("encode", steps, ["maxreel build-index --store {store}"], dry_run)
-    _run(work, render.summary, config, assignments, store, as_json, verbose, quiet)
+    return work, render.summary
 
 
-@app.command("build-index")
+@_command("build-index")
 def build_index(
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
     dry_run: DryRunOption = False,
     full: Annotated[bool, typer.Option("--full", help="Build from nothing: train a new codec.")] = False,
     draft: Annotated[bool, typer.Option("--draft", help="Leave publishing to `maxreel publish`.")] = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+) -> Command:
     """Bring the compressed index up to date with the token embeddings, and release it to readers."""
     from pipelines import render
 
@@ -309,10 +301,10 @@ def build_index(
         build_index(job, full, draft, dry_run)
 
     work = _job("build-index", steps, ['maxreel search "TEXT" --store {store} --explain'], dry_run)
-    _run(work, render.index, config, assignments, store, as_json, verbose, quiet)
+    return work, render.index
 
 
-@app.command()
+@_command()
 def search(
     text: Annotated[str, typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="How many videos.")] = 10,
@@ -321,13 +313,7 @@ def search(
     tag: Annotated[list[str] | None, typer.Option("--tag", help="Only videos with this tag; may be repeated.")] = None,
     start: Annotated[float, typer.Option("--from", help="Only clips that end after this second.")] = 0.0,
     stop: Annotated[float, typer.Option("--to", help="Only clips that start before this second.")] = float("inf"),
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+) -> Command:
     """Search the newest release."""
     from pipelines import render
 
@@ -337,10 +323,10 @@ def search(
         found = search(loaded, text, k, explain, Wanted(tuple(video or ()), tuple(tag or ()), start, stop))
         return {"query": text, "results": [result.to_json() for result in found]}
 
-    _run(work, render.results, config, assignments, store, as_json, verbose, quiet)
+    return work, render.results
 
 
-@app.command()
+@_command()
 def evaluate(
     queries: Annotated[Path, typer.Option("--queries", help="JSON lines: id, text, optional target_modality.")],
     qrels: Annotated[Path, typer.Option("--qrels", help="Relevance judgements in TREC form.")],
@@ -350,13 +336,7 @@ def evaluate(
     path: Annotated[
         Literal["index", "exact"], typer.Option("--path", help="`exact` scores every token embedding.")
     ] = "index",
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+) -> Command:
     """Measure retrieval over judged queries, overall and by target modality."""
     from pipelines import render
 
@@ -366,18 +346,11 @@ def evaluate(
         result = evaluate(loaded, queries, qrels, out, path)
         return {name: value for name, value in result.items() if name != "per_query"}
 
-    _run(work, render.measures, config, assignments, store, as_json, verbose, quiet)
+    return work, render.measures
 
 
-@app.command()
-def status(
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_command()
+def status() -> Command:
     """Show tables, rows and versions, what is stale, what failed, and what readers see."""
     from pipelines import render
 
@@ -386,19 +359,11 @@ def status(
 
         return status(loaded)
 
-    _run(work, render.status, config, assignments, store, as_json, verbose, quiet)
+    return work, render.status
 
 
-@app.command()
-def nightly(
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_command()
+def nightly(dry_run: DryRunOption = False) -> Command:
     """Do the whole chain for what changed: ingest, extract, encode, index, gates, publish, collect, report."""
     from pipelines import render
 
@@ -417,19 +382,13 @@ def nightly(
             raise
         return nightly.keep_report(loaded, run_id)
 
-    _run(work, render.plan if dry_run else render.report, config, assignments, store, as_json, verbose, quiet)
+    return work, render.plan if dry_run else render.report
 
 
-@app.command()
+@_command()
 def publish(
     release: Annotated[int | None, typer.Argument(help="Its number; the newest draft unless given.")] = None,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+) -> Command:
     """Make a release the one that readers open."""
     from pipelines import render
 
@@ -440,20 +399,14 @@ def publish(
         releases.publish(job, chosen, "published by hand")
         return {"live": chosen}
 
-    _run(_job("publish", steps), render.live, config, assignments, store, as_json, verbose, quiet)
+    return _job("publish", steps), render.live
 
 
-@app.command()
+@_command()
 def rollback(
     reason: Annotated[str, typer.Option("--reason", help="Why; it is kept with the release.")],
     to: Annotated[int | None, typer.Option("--to", help="Release to go back to; the one before unless given.")] = None,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+) -> Command:
     """Let readers open an older release again; nothing is copied."""
     from pipelines import render
 
@@ -464,18 +417,11 @@ def rollback(
         releases.publish(job, chosen, f"rolled back: {reason}")
         return {"live": chosen}
 
-    _run(_job("rollback", steps), render.live, config, assignments, store, as_json, verbose, quiet)
+    return _job("rollback", steps), render.live
 
 
-@app.command()
-def releases(
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_command()
+def releases() -> Command:
     """List releases, newest first, and which of them is live since when."""
     from pipelines import render
 
@@ -485,19 +431,13 @@ def releases(
 
         return {"releases": list_releases(open_store(loaded))}
 
-    _run(work, render.releases, config, assignments, store, as_json, verbose, quiet)
+    return work, render.releases
 
 
-@app.command()
+@_command()
 def runs(
     number: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 20,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+) -> Command:
     """List what was run, newest first, and how it ended."""
     from pipelines import render
 
@@ -506,20 +446,14 @@ def runs(
 
         return {"runs": list_runs(loaded)[:number]}
 
-    _run(work, render.runs, config, assignments, store, as_json, verbose, quiet)
+    return work, render.runs
 
 
-@app.command()
+@_command()
 def report(
     run: Annotated[str, typer.Argument(help="Its id, or `last` for the last night.")] = "last",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and report.json.")] = None,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+) -> Command:
     """Show what a night did, against the nights before."""
     from pipelines import render
 
@@ -531,19 +465,13 @@ def report(
             save_report(made, out)
         return made
 
-    _run(work, render.report, config, assignments, store, as_json, verbose, quiet)
+    return work, render.report
 
 
-@app.command()
+@_command()
 def failures(
     run: Annotated[str | None, typer.Option("--run", help="Only those that this run met last.")] = None,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+) -> Command:
     """List the videos that failed, at which stage, and why."""
     from pipelines import render
 
@@ -552,20 +480,14 @@ def failures(
 
         return {"failures": list_failures(loaded, run)}
 
-    _run(work, render.failures, config, assignments, store, as_json, verbose, quiet)
+    return work, render.failures
 
 
-@app.command()
+@_command()
 def retry(
     run: Annotated[str | None, typer.Option("--run", help="Only what this run met last.")] = None,
     video: Annotated[list[str] | None, typer.Option("--video", help="Only this video; may be repeated.")] = None,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+) -> Command:
     """Forget failures, so that the next run tries those videos again, quarantined ones too."""
     from pipelines import render
 
@@ -577,19 +499,11 @@ def retry(
         forget(job, chosen)
         return {"forgotten": sorted({row["video_id"] for row in chosen.to_pylist()})}
 
-    _run(_job("retry", steps), render.forgotten, config, assignments, store, as_json, verbose, quiet)
+    return _job("retry", steps), render.forgotten
 
 
-@app.command()
-def gc(
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    dry_run: DryRunOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_command()
+def gc(dry_run: DryRunOption = False) -> Command:
     """Delete what no kept release, reader or run needs any more: old versions, merged segments, orphan files."""
     from pipelines import render
 
@@ -598,18 +512,11 @@ def gc(
 
         return gc(job, dry_run)
 
-    _run(_job("gc", steps, dry_run=dry_run), render.collected, config, assignments, store, as_json, verbose, quiet)
+    return _job("gc", steps, dry_run=dry_run), render.collected
 
 
-@app.command()
-def doctor(
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_command()
+def doctor() -> Command:
     """Check versions, decoders, models and the store, and say how to mend what is wrong."""
     from pipelines import render
 
@@ -618,4 +525,4 @@ def doctor(
 
         return {"checks": examine(loaded)}
 
-    _run(work, render.checks, config, assignments, store, as_json, verbose, quiet)
+    return work, render.checks
