@@ -67,7 +67,9 @@ class Filter:
         if self == Filter():
             return None
         starts, stops = clips["start_seconds"].to_numpy(), clips["stop_seconds"].to_numpy()
-        allowed: npt.NDArray[np.bool_] = (starts < self.stop_seconds) & (stops > self.start_seconds)
+        # A video without a file is one clip of no length, at 0.
+        reaches = (stops > self.start_seconds) | ((starts == stops) & (stops >= self.start_seconds))
+        allowed: npt.NDArray[np.bool_] = (starts < self.stop_seconds) & reaches
         if self.video_ids is not None:
             wanted = pa.array(sorted(self.video_ids), pa.string())
             allowed &= pc.is_in(clips["video_id"], value_set=wanted).to_numpy()

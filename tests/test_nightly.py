@@ -24,7 +24,7 @@ from pipelines.gc import gc
 from pipelines.job import forget, open_job
 from pipelines.nightly import nightly
 from pipelines.release import list_releases, open_release, publish, read_log, to_publish, to_roll_back_to
-from pipelines.search import search
+from pipelines.search import Wanted, search
 from pipelines.status import select_failures
 from tests.media_files import make_video
 
@@ -107,6 +107,9 @@ def test_a_night_does_what_changed_and_nothing_else(nights):
     for table in (VIDEOS, MODALITIES, TOKENS):
         assert ids(nights.store, table) == set(nights.titles)
     assert nights.found("zebra", 2) == {changed, new}
+    only = search(nights.config("search.probes=0"), "zebra", 9, wanted=Wanted(videos=(new, "v005")))
+    assert [hit.video_id for hit in only] == [new, "v005"]
+    assert not search(nights.config(), "zebra", 9, wanted=Wanted(start_seconds=1)), "they have no second second"
     assert nights.found("word1 word2") == set(nights.titles), "what is gone is not found, all else is"
 
 
@@ -261,7 +264,7 @@ def test_a_release_that_finds_other_videos_than_the_live_one_is_refused(nights):
     nights.night()
     nights.titles = dict(zip(nights.titles, reversed(list(nights.titles.values())), strict=True))
     with pytest.raises(GateFailedError, match="gate overlap with live is 0"):
-        nights.night("gates.min_overlap=0.5", "gates.min_recall=0.9")
+        nights.night("gates.min_overlap=0.5", "gates.min_recall=0.9", "gates.sample_tokens=200")
     gates = {gate["name"]: gate for gate in json.loads(read_log(nights.store)[-1]["gates"])}
     assert gates["recall"]["value"] >= 0.9, "what is there is found"
     assert gates["overlap with live"]["value"] < 0.5
