@@ -73,7 +73,9 @@ def session(
     started_here = not ray.is_initialized()
     if started_here:
         with _own_sigterm():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
+            # Without "local", ray.init joins whatever cluster `ray start` left running on this machine.
+            where = address or "local"
+            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
     _configure_ray_data(no_progress_seconds)
     try:
         yield
