@@ -113,8 +113,8 @@ def blocks(work: pa.Table, num_blocks: int) -> ray.data.Dataset:
 
 
 def cluster_resources() -> dict[str, float]:
-    """Return CPU and GPU totals of the connected cluster."""
-    return {kind: amount for kind, amount in ray.cluster_resources().items() if kind in ("CPU", "GPU")}
+    """Return CPU and GPU totals of the connected cluster; no CPUs where none of its nodes is there."""
+    return {"CPU": 0.0} | {kind: amount for kind, amount in ray.cluster_resources().items() if kind in ("CPU", "GPU")}
 
 
 def plan_actors(
