@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,13 +73,25 @@ def session(
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
+        with _own_sigterm():
+            # Without "local", ray.init joins whatever cluster `ray start` left running on this machine.
+            where = address or "local"
+            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
     _configure_ray_data(no_progress_seconds)
     try:
         yield
     finally:
         if started_here:
             ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep our handler of SIGTERM, if there is one: Ray installs its own, which ends a driver with code 1 or 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _configure_ray_data(no_progress_seconds: float) -> None:
@@ -106,8 +120,8 @@ def blocks(work: pa.Table, sizes: Sequence[int]) -> ray.data.Dataset:
 
 
 def cluster_resources() -> dict[str, float]:
-    """Return CPU and GPU totals of the connected cluster."""
-    return {kind: amount for kind, amount in ray.cluster_resources().items() if kind in ("CPU", "GPU")}
+    """Return CPU and GPU totals of the connected cluster; no CPUs where none of its nodes is there."""
+    return {"CPU": 0.0} | {kind: amount for kind, amount in ray.cluster_resources().items() if kind in ("CPU", "GPU")}
 
 
 def plan_actors(
