@@ -44,7 +44,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.index_store import files, read_manifest
+from cluster.index_store import parts, read_manifest
 from cluster.lease import current, process_started
 from cluster.readers import reading
 from cluster.searchers import SegmentHolder
@@ -646,10 +646,10 @@ class Faults:
             there = {path.name for path in Path(store.table_uri(table), "data").glob("*")}
             yield from (f"leftover: {table} {name}" for name in there - needed)
             yield from (f"lost: {table} {name} is needed" for name in needed - there)
-        parts = {part for row in kept for part in files(read_manifest(store, row["index_id"]))}
+        needed = {part for row in kept for part in parts(read_manifest(store, row["index_id"]))}
         for path in Path(store.uri, "index").rglob("*"):
             name = path.relative_to(store.uri).as_posix()
-            if path.is_file() and not any(name == part or name.startswith(f"{part}/") for part in parts):
+            if path.is_file() and not any(name == part or name.startswith(f"{part}/") for part in needed):
                 yield f"leftover: {name}"
 
     def _state(self) -> Iterator[str]:
