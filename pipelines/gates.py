@@ -90,21 +90,25 @@ def _quality(job: Job, draft: Release, live: Release | None) -> Iterator[Gate]:
     judged, own, queries = _queries(config, store, draft, rows)
     if not queries:
         return
-    fleet = open_fleet(job.config, store, draft)
+    # One after the other: actors that hold segments hold cores too, and the next would wait for them for ever.
+    exact, before = [], []
     if config.min_recall is not None:
         shards, only = _sample(rows, config.sample_tokens)
-        found = search_fleet(job.config, fleet, queries, DEPTH + 1, only)
         exact = search_all(job.config, store, draft, shards, queries, DEPTH + 1)
-        value = _overlap(found, exact, own)
+    has_judgements = bool(judged) and config.canary_qrels is not None
+    is_comparable = live is not None and live.encoder_fingerprint == draft.encoder_fingerprint
+    if live is not None and is_comparable and config.min_overlap is not None and not has_judgements:
+        before = search_fleet(job.config, open_fleet(job.config, store, live), queries, DEPTH + 1)
+    fleet = open_fleet(job.config, store, draft)
+    if config.min_recall is not None:
+        value = _overlap(search_fleet(job.config, fleet, queries, DEPTH + 1, only), exact, own)
         detail = f"share of the exact first {DEPTH} that the index finds, {len(queries)} queries"
         yield _gate("recall", value, config.min_recall, value >= config.min_recall, detail)
-    if judged and config.canary_qrels is not None:
+    if has_judgements:
         found = search_fleet(job.config, fleet, queries, job.config.evaluate.depth)
         yield from _judged(job, live, judged, found)
-    elif config.min_overlap is not None and live and live.encoder_fingerprint == draft.encoder_fingerprint:
-        found = search_fleet(job.config, fleet, queries, DEPTH + 1)
-        before = search_fleet(job.config, open_fleet(job.config, store, live), queries, DEPTH + 1)
-        value = _overlap(found, before, own)
+    elif before and config.min_overlap is not None:
+        value = _overlap(search_fleet(job.config, fleet, queries, DEPTH + 1), before, own)
         detail = f"share of the live release's first {DEPTH} that are found again, {len(queries)} queries"
         yield _gate("overlap with live", value, config.min_overlap, value >= config.min_overlap, detail)
 
