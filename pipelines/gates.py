@@ -35,6 +35,8 @@ from pipelines.job import Job
 from pipelines.release import Release
 
 DEPTH = 10
+NUM_SHARDS = 16
+"""Of the sample that is scored exactly, so that many cores share the work."""
 
 Gate = dict[str, Any]
 
@@ -160,12 +162,12 @@ def _sample(rows: pa.Table, num_tokens: int) -> tuple[list[Shard], Filter]:
     """Return shards of some videos, drawn at random, with about so many tokens, and the filter that leaves only those."""
     total = int(rows["num_tokens"].to_numpy().sum())
     if total <= num_tokens:
-        return cut(rows, num_tokens), Filter()
+        return cut(rows, -(-num_tokens // NUM_SHARDS)), Filter()
     videos = pc.unique(rows["video_id"]).to_numpy(zero_copy_only=False)
     count = max(1, int(len(videos) * num_tokens / total))
     drawn = np.random.default_rng(0).choice(videos, count, replace=False)
     only = rows.filter(pc.is_in(rows["video_id"], value_set=pa.array(drawn, pa.string())))
-    return cut(only, num_tokens), Filter(frozenset(drawn.tolist()))
+    return cut(only, -(-num_tokens // NUM_SHARDS)), Filter(frozenset(drawn.tolist()))
 
 
 def _overlap(found: Sequence[Sequence[Hit]], wanted: Sequence[Sequence[Hit]], own: Sequence[str | None]) -> float:
