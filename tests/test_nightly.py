@@ -78,39 +78,55 @@ class Nights:
 
 
 @pytest.fixture
-def nights(tmp_path, cluster):
+def blank(tmp_path, cluster):
+    """Before the first night."""
     return Nights(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first_night(tmp_path_factory, cluster):
+    nights = Nights(tmp_path_factory.mktemp("first"))
+    nights.night()
+    return nights
+
+
+@pytest.fixture
+def nights(first_night, tmp_path):
+    """After the first night."""
+    nights = Nights(tmp_path)
+    shutil.copytree(first_night.store.uri, nights.store.uri)
+    return nights
 
 
 def ids(store, table):
     return set(store.open(table).to_table(columns=["video_id"])["video_id"].to_pylist())
 
 
-def test_a_night_does_what_changed_and_nothing_else(nights):
-    first = nights.night()
-    size = sum(f.stat().st_size for f in Path(nights.store.uri).rglob("*") if f.is_file())
+def test_a_night_does_what_changed_and_nothing_else(blank):
+    first = blank.night()
+    size = sum(f.stat().st_size for f in Path(blank.store.uri).rglob("*") if f.is_file())
     assert 0.5 * size < first.store_bytes <= size
     assert first.release == {"release_id": 1, "live_before": None, "state": "published"}
-    again = nights.night()
+    again = blank.night()
     assert again.release["state"] == "unchanged"
     assert "nothing changed: release 1 stays live" in again.headline
     assert again.counts["extract"] == again.counts["encode"] == 0
 
     changed, gone, new = "v000", "v001", "new"
-    nights.titles[changed] = "zebra crossing"
-    del nights.titles[gone]
-    nights.titles[new] = "zebra stripes"
-    night = nights.night()
+    blank.titles[changed] = "zebra crossing"
+    del blank.titles[gone]
+    blank.titles[new] = "zebra stripes"
+    night = blank.night()
     counts = {name: night.counts[name] for name in ("new", "changed", "gone", "extract", "encode", "new_segments")}
     assert counts == {"new": 1, "changed": 1, "gone": 1, "extract": 2, "encode": 2, "new_segments": 1}
     assert night.headline == "published release 2: 1 new, 1 changed, 1 gone, 0 failed"
     for table in (VIDEOS, MODALITIES, TOKENS):
-        assert ids(nights.store, table) == set(nights.titles)
-    assert nights.found("zebra", 2) == {changed, new}
-    only = search(nights.config("search.probes=0"), "zebra", 9, wanted=Wanted(videos=(new, "v005")))
+        assert ids(blank.store, table) == set(blank.titles)
+    assert blank.found("zebra", 2) == {changed, new}
+    only = search(blank.config("search.probes=0"), "zebra", 9, wanted=Wanted(videos=(new, "v005")))
     assert [hit.video_id for hit in only] == [new, "v005"]
-    assert not search(nights.config(), "zebra", 9, wanted=Wanted(start_seconds=1)), "they have no second second"
-    assert nights.found("word1 word2") == set(nights.titles), "what is gone is not found, all else is"
+    assert not search(blank.config(), "zebra", 9, wanted=Wanted(start_seconds=1)), "they have no second second"
+    assert blank.found("word1 word2") == set(blank.titles), "what is gone is not found, all else is"
 
 
 class Tokens:
@@ -330,21 +346,21 @@ def test_a_source_that_cannot_be_read_tonight_stays_as_it_was(nights):
     assert "file" in nights.found("zebra", 1)
 
 
-def test_rolling_back_moves_readers_and_twice_goes_further_back(nights):
+def test_rolling_back_moves_readers_and_twice_goes_further_back(blank):
     for number in range(3):
-        nights.titles[f"extra{number}"] = "zebra"
-        nights.night("gc.keep_releases=9")
+        blank.titles[f"extra{number}"] = "zebra"
+        blank.night("gc.keep_releases=9")
     for expected in (2, 1):
-        with nights.job() as job:
-            publish(job, to_roll_back_to(nights.store, None), "rolled back: test")
-        assert nights.live() == expected
-        assert nights.found("zebra", expected) == {f"extra{i}" for i in range(expected)}
+        with blank.job() as job:
+            publish(job, to_roll_back_to(blank.store, None), "rolled back: test")
+        assert blank.live() == expected
+        assert blank.found("zebra", expected) == {f"extra{i}" for i in range(expected)}
     with pytest.raises(ConfigError, match=r"no older release.*still there are: 1, 2, 3"):
-        to_roll_back_to(nights.store, None)
-    [live] = [release for release in list_releases(nights.store) if release["live"]]
+        to_roll_back_to(blank.store, None)
+    [live] = [release for release in list_releases(blank.store) if release["live"]]
     assert (live["release_id"], live["reason"]) == (1, "rolled back: test")
-    assert nights.night().release["release_id"] == 4, "the night after starts from what is live"
-    assert nights.found("zebra", 3) == {f"extra{i}" for i in range(3)}
+    assert blank.night().release["release_id"] == 4, "the night after starts from what is live"
+    assert blank.found("zebra", 3) == {f"extra{i}" for i in range(3)}
 
 
 def test_collection_leaves_what_releases_and_readers_need(nights):
@@ -383,20 +399,20 @@ def test_collection_leaves_what_releases_and_readers_need(nights):
         to_roll_back_to(nights.store, 3)
 
 
-def test_a_dry_run_says_what_it_would_do_and_writes_nothing(nights):
-    assert nights.night(dry_run=True).counts["new"] == 40
-    assert not Path(nights.store.uri).exists()
-    nights.night()
-    nights.titles["new"] = "zebra"
-    del nights.titles["v000"]
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(blank):
+    assert blank.night(dry_run=True).counts["new"] == 40
+    assert not Path(blank.store.uri).exists()
+    blank.night()
+    blank.titles["new"] = "zebra"
+    del blank.titles["v000"]
     prices = "prices={currency: EUR, cpu_hour: 3600}"
-    before = {f: f.stat().st_mtime_ns for f in Path(nights.store.uri).rglob("*")}
-    summary = nights.night(prices, dry_run=True)
+    before = {f: f.stat().st_mtime_ns for f in Path(blank.store.uri).rglob("*")}
+    summary = blank.night(prices, dry_run=True)
     assert {name: summary.counts[name] for name in ("new", "gone", "extract")} == {"new": 1, "gone": 1, "extract": 1}
     assert summary.estimate["from_nights"] == 1
     assert summary.estimate["seconds"]["extract"] > 0
     assert summary.estimate["cost"]["amount"] > 0
-    assert {f: f.stat().st_mtime_ns for f in Path(nights.store.uri).rglob("*")} == before
+    assert {f: f.stat().st_mtime_ns for f in Path(blank.store.uri).rglob("*")} == before
 
 
 def test_a_store_of_another_format_is_refused_before_anything_is_written(nights):
@@ -444,15 +460,15 @@ def test_a_night_whose_lease_is_held_ends_with_code_5(nights):
     shutil.rmtree(nights.store.uri)
 
 
-def test_the_command_line_of_a_night_and_of_the_morning_after(nights, tmp_path):
-    nights.config()  # writes the manifest
+def test_the_command_line_of_a_night_and_of_the_morning_after(blank, tmp_path):
+    blank.config()  # writes the manifest
 
     def maxreel(*arguments):
-        return CliRunner().invoke(app, [*arguments, "--store", nights.store.uri])
+        return CliRunner().invoke(app, [*arguments, "--store", blank.store.uri])
 
     settings = tmp_path / "nightly.yaml"
     settings.write_text(
-        f"manifest: {nights.folder}/manifest.jsonl\n"
+        f"manifest: {blank.folder}/manifest.jsonl\n"
         "extract: {modalities: [metadata]}\n"
         "encode: {encoder: lexical}\n"
         "prices: {currency: EUR, cpu_hour: 1}\n"
@@ -460,8 +476,8 @@ def test_the_command_line_of_a_night_and_of_the_morning_after(nights, tmp_path):
     done = maxreel("nightly", "-c", str(settings))
     assert done.exit_code == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("published release 1: 40 new, 0 changed, 0 gone, 0 failed")
-    nights.titles = {video: "zebra" for video in nights.titles}
-    nights.config()
+    blank.titles = {video: "zebra" for video in blank.titles}
+    blank.config()
     refused = maxreel("nightly", "-c", str(settings))
     assert refused.exit_code == 4
     assert refused.stdout.startswith("NOT PUBLISHED: gate tokens: metadata is -0.9")
@@ -472,7 +488,7 @@ def test_the_command_line_of_a_night_and_of_the_morning_after(nights, tmp_path):
     runs = json.loads(maxreel("runs", "--json").stdout)["runs"]
     assert [(run["job"], run["exit_code"]) for run in runs] == [("nightly", 4), ("nightly", 0)]
     for run in runs:
-        assert (Path(nights.store.uri) / f"reports/{run['run_id']}.html").exists()
+        assert (Path(blank.store.uri) / f"reports/{run['run_id']}.html").exists()
     states = [
         (r["release_id"], r["state"], r["live"]) for r in json.loads(maxreel("releases", "--json").stdout)["releases"]
     ]
