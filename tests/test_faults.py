@@ -32,18 +32,15 @@ def wait_for_lease(store, process):
 
 
 def test_nights_killed_at_several_stages_end_as_if_undisturbed(faults):
-    """A driver in five stages, and an actor; every row, what readers see at each kill, and what is left behind."""
+    """A driver in two stages, and an actor; every row, what readers see at each kill, and what is left behind."""
     faults.undisturbed_night()
     kills = [
-        [Kill("driver", "opening", 1, 0.0)],
-        [Kill("driver", "ingest", 1, 0.0)],
-        [Kill("driver", "extract", 2, 0.0)],
         [Kill("actor", "encode", 1, 0.0), Kill("driver", "index", 3, 0.0)],
         [Kill("driver", "gates", 1, 0.0)],
     ]
     faults.night(kills)
     assert faults.wrong == []
-    assert sum(faults.table.values()) >= 5, faults.table
+    assert sum(faults.table.values()) >= 2, faults.table
 
 
 def test_a_night_that_is_asked_to_end_frees_the_store_for_the_next_which_keeps_others_out(faults):
