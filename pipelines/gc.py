@@ -96,11 +96,14 @@ def _collect_table(job: Job, name: str, pinned: set[int], dry_run: bool) -> dict
     }
     listed = [e for batch in obstore.list(job.store.objects, f"{name}.lance/data/") for e in batch]
     surplus = [entry for entry in listed if entry["path"].rpartition("/")[2] not in needed]
-    if not dry_run and (old or surplus):
+    if not dry_run and old:
         job.lease.check()
         dataset.cleanup_old_versions(
             older_than=timedelta(0), versions=old, delete_unverified=True, error_if_tagged_old_versions=False
         )
+    elif not dry_run and surplus:  # Lance looks for orphans only where a version goes
+        job.lease.check()
+        obstore.delete(job.store.objects, [entry["path"] for entry in surplus])
     return {"versions": len(old), "files": len(surplus), "bytes": sum(entry["size"] for entry in surplus)}
 
 

@@ -323,7 +323,7 @@ def test_a_night_with_too_many_failures_publishes_nothing(nights):
     assert nights.live() == 2
 
 
-def test_a_failure_is_tried_until_its_limit_and_forgotten_with_its_video(nights, monkeypatch):
+def test_a_failure_is_tried_until_its_limit_and_forgotten_with_its_video(nights):
     """A source that is listed and missing is tried every night, and counted; gone from the manifest it is forgotten."""
     nights.titles["missing"] = None
     nights.files["missing"] = {"uri": "missing.mp4"}
@@ -395,6 +395,11 @@ def test_collection_leaves_what_releases_and_readers_need(nights):
     assert being_read(nights.store) == set(), "the mark went with its reader"
     with nights.job("gc.keep_releases=2") as job:
         assert gc(job)["releases"] == [2]
+        assert len(job.store.open(TOKENS).versions()) == 2
+        orphans[0].write_bytes(b"x" * 1000)
+        assert gc(job)["bytes"] >= 1000, "an orphan goes also where no version does"
+    assert not orphans[0].exists()
+    assert nights.found("zebra", 4) == {f"extra{i}" for i in range(4)}
     with pytest.raises(ConfigError, match="release 3 cannot be gone back to; published and still there are: 4, 5"):
         to_roll_back_to(nights.store, 3)
 
