@@ -25,14 +25,18 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_QUERY = re.compile(r"(\b\w+://[^\s?'\"<>]*)\?[^\s'\"<>]*")
-_USER = re.compile(r"(\b\w+://)[^\s/@]*@")
+# A password may hold "/" or "?" as they are (AWS secrets do); a host's port is digits and no password.
+_USER = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^\s/?#]*@|[^\s/:@]*:(?!\d+(?:[/?#\s]|$))\S*@)", re.IGNORECASE)
+_QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?]*)\?\S*?([\"')\]}>.,;:]*)(?=\s|$)", re.IGNORECASE)
 _SIGNATURE = re.compile(r"<(AWSAccessKeyId|StringToSign\w*|SignatureProvided|CanonicalRequest\w*)>.*?</\1>", re.DOTALL)
 
 
 def without_credentials(text: str) -> str:
-    """Return a text without URLs' users and query strings, and without what S3 repeats of a signature."""
-    return _SIGNATURE.sub("", _QUERY.sub(r"\1?...", _USER.sub(r"\1...@", text)))
+    """Return a text whose URLs have lost their user, password and query string, without what S3 repeats of a signature.
+
+    What follows ``?`` up to white space goes, but for closing quotes and punctuation at its end.
+    """
+    return _SIGNATURE.sub("", _QUERY.sub(r"\1\2", _USER.sub(r"\1", text)))
 
 
 class MaxreelError(Exception):

@@ -26,7 +26,8 @@ from pipelines.gc import gc
 from pipelines.ingest import ingest
 from pipelines.job import Job, open_store
 from pipelines.release import Release, find_live, open_release, publish, refuse
-from pipelines.report import Prices, make_report, to_html
+from pipelines.report import Prices, make_report
+from pipelines.report_page import to_html
 
 NIGHTS = 7
 """Earlier runs that an estimate and a report look at."""

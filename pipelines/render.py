@@ -135,7 +135,7 @@ def plan(result: Json) -> None:
 
 def report(result: Json) -> None:
     """Print a morning report."""
-    from pipelines.report import to_text
+    from pipelines.report_text import to_text
 
     print(to_text(result), end="")
 

@@ -6,7 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipelines.report import SCHEMA, Prices, make_report, redact, to_html, to_text
+from operators.errors import without_credentials
+from pipelines.report import SCHEMA, Prices, make_report
+from pipelines.report_page import to_html
+from pipelines.report_text import to_text
 
 FIRST_NIGHT = datetime(2026, 3, 1, 2, tzinfo=UTC)
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -512,7 +515,7 @@ def test_a_figure_that_is_not_a_number_is_unknown():
     ],
 )
 def test_a_uri_loses_its_credentials_and_its_query_and_nothing_else(text, shown):
-    assert redact(text) == shown
+    assert without_credentials(text) == shown
 
 
 def test_no_form_shows_a_credential_or_a_query():
