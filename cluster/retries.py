@@ -36,7 +36,8 @@ log = logging.getLogger("maxreel")
 ATTEMPTS = 5
 """Waits of 1, 2, 4 and 8 s, less up to half: with Lance's own, half a minute, while a lease lasts for a minute."""
 
-FINAL = re.compile(r"status code: 4(?!08|09|12|29)\d\d")
+FINAL = re.compile(r"status code: 4(?!08|09|12|29)\d\d|\(os error (13|28|30)\)")
+"""Refusals, and file systems that are full, read-only or not ours."""
 
 Result = TypeVar("Result")
 

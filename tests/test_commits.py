@@ -6,6 +6,7 @@ import pytest
 
 from cluster.commits import Committer, compact, was_committed, write_receipt
 from cluster.lease import Lease
+from cluster.retries import retried
 from cluster.store import FAILURES
 from operators.errors import StorageError
 
@@ -210,6 +211,19 @@ def test_a_table_of_other_columns_is_refused_and_not_emptied(store):
     with pytest.raises(StorageError, match="other columns than this maxreel writes"):
         store.create("videos")
     assert store.open("videos").count_rows() == 1
+
+
+@pytest.mark.parametrize("number", [13, 28, 30])
+def test_a_disk_that_is_full_or_not_ours_is_not_asked_again(number):
+    asked = []
+
+    def write():
+        asked.append(number)
+        raise OSError(f"LanceError(IO): it will not (os error {number})")
+
+    with pytest.raises(OSError, match=f"os error {number}"):
+        retried(write, "writing")
+    assert asked == [number]
 
 
 def test_a_receipt_survives_json(store):
