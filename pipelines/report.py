@@ -188,16 +188,17 @@ def make_report(
         "nights": [_night(night, now) for night in (*before, tonight)],
         "commands": _commands(tonight, _shown_store(store)),
     }
-    cleaned: dict[str, Any] = _clean(report)
+    cleaned: dict[str, Any] = clean(report)
     return cleaned
 
 
-def _clean(value: Any) -> Any:
+def clean(value: Any) -> Any:
+    """Return plain values whose texts have no control characters, no credentials and no query strings."""
     if isinstance(value, str):
         return without_credentials(_CONTROL.sub("\ufffd", _SPACE.sub(" ", value)))
     if isinstance(value, Mapping):
-        return {_clean(str(key)): _clean(entry) for key, entry in value.items()}
-    return [_clean(entry) for entry in value] if isinstance(value, list) else value
+        return {clean(str(key)): clean(entry) for key, entry in value.items()}
+    return [clean(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _mapping(value: Any) -> Json:
@@ -347,7 +348,7 @@ def _cause(stage: str, error: str, failures: Sequence[Json]) -> dict[str, Any]:
             {
                 "video_id": str(failure.get("video_id")),
                 # Cleaned before it is cut: a cut URI might keep the half of a credential.
-                "message": _cut_characters(_clean(str(failure.get("message") or "")), MESSAGE_CHARACTERS),
+                "message": _cut_characters(clean(str(failure.get("message") or "")), MESSAGE_CHARACTERS),
                 "attempts": _number(failure.get("attempts")),
                 "final": bool(failure.get("final")),
                 "quarantined": bool(failure.get("quarantined")),

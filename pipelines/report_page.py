@@ -4,29 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pipelines.page import template
 from pipelines.report import OUTCOMES, Json, median_of
 from pipelines.report_text import cost_facts, failures_title, index_facts, span, usual
-from pipelines.report_words import (
-    again,
-    clock,
-    count,
-    duration,
-    fate,
-    longer,
-    num_bytes,
-    number,
-    passed,
-    rate,
-    seconds,
-    speed,
-)
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from pipelines.report_words import clock, count, duration, number
 
 
 @dataclass(frozen=True)
@@ -157,26 +139,10 @@ def spark(report: Json, measured: Json, title: str) -> Chart | None:
     return line_chart(values, _night_labels(report, values, number), measured["limit"], title, 112, 28)
 
 
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = (count, number, seconds, rate, duration, num_bytes, speed, longer, clock, passed, again, fate)
-    environment.filters.update({form.__name__: form for form in filters})
-    return environment.get_template("report_page.html.j2")
-
-
 def to_html(report: Json) -> str:
     """Return the report as one page that fetches nothing and runs no script."""
     longest = [stage[key] or 0.0 for stage in report["stages"] for key in ("seconds", "median_seconds")]
-    return _template().render(
+    return template("report_page.html.j2").render(
         report=report,
         word=OUTCOMES[report["outcome"]][0],
         span=span(report),
