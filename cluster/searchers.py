@@ -1,6 +1,6 @@
-"""Search over segments held by actors, and the exact path over shards of token embeddings.
+"""Search over segments held by actors.
 
-A batch of encoded queries goes out once; every actor or task returns its best videos, and the lists are merged. Ties are
+A batch of encoded queries goes out once; every actor returns its best videos, and the lists are merged. Ties are
 broken by video id, so that the result does not depend on how many shards there are or which answers first.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,14 +18,14 @@ import pyarrow.compute as pc
 import ray
 
 from cluster.index_store import LoadedIndex, read_codec, read_index, read_tombstones
-from cluster.shards import Shard, embeddings_of, read_tokens
+from cluster.shards import embeddings_of
 from cluster.store import Store
 from operators.calibrate import choose
 from operators.codec import ResidualCodec
 from operators.errors import ConfigError
 from operators.maxsim import Scorer, score_clips
 from operators.schema import MODALITIES
-from operators.search import Plan, Result, Searcher
+from operators.search import Fate, Plan, Result, Searcher
 
 if TYPE_CHECKING:
     from operators.search_gpu import GpuSearcher
@@ -114,6 +114,34 @@ class SearchOptions:
         )
 
 
+@dataclass(frozen=True)
+class Trace:
+    """At which stage a video was lost, and what is known of it there.
+
+    Attributes
+    ----------
+    stage
+        ``not indexed``, ``without tokens``, ``tombstoned``, ``filtered out``, ``not probed``, ``pruned``, ``outscored``, or
+        ``found``.
+    plan, fate
+        Of the search, where it came so far.
+    rank, hit
+        Where it was found or outscored.
+    last
+        The last video that was returned.
+    probes_needed
+        That would have met it.
+    """
+
+    stage: str
+    plan: Plan | None = None
+    fate: Fate | None = None
+    rank: int = 0
+    hit: Hit | None = None
+    last: Hit | None = None
+    probes_needed: int = 0
+
+
 class SegmentHolder:
     """Holds segments of an index and searches them; an actor, or used in place.
 
@@ -151,10 +179,12 @@ class SegmentHolder:
 
     def search(self, queries: Sequence[Floats], options: SearchOptions) -> list[list[Hit]]:
         """Return the best ``k`` videos of each query."""
+        return self._search(queries, options)[0]
+
+    def _search(self, queries: Sequence[Floats], options: SearchOptions) -> tuple[list[list[Hit]], int]:
+        """Return the best ``k`` videos of each query, and how many clips were asked for to find them."""
         plan, rescored = options.plan(self._manifest, self._clips.num_rows)
-        allowed = options.filter.allowed(self._clips)
-        if self._alive is not None:
-            allowed = self._alive if allowed is None else allowed & self._alive
+        allowed = self._allowed(options)
         # k clips may be fewer than k videos: go deeper until there are k, or no more clips.
         depth = options.k
         while True:
@@ -165,8 +195,66 @@ class SegmentHolder:
                 found = self._rescore(queries, found, options.scorer)
             hits = [best_videos(self._clips, clips, scores)[: options.k] for clips, scores in found]
             if all(len(h) >= options.k or done for h, done in zip(hits, exhausted, strict=True)):
-                return hits
+                return hits, num_clips
             depth *= 4
+
+    def _allowed(self, options: SearchOptions) -> npt.NDArray[np.bool_] | None:
+        allowed = options.filter.allowed(self._clips)
+        if self._alive is None:
+            return allowed
+        return self._alive if allowed is None else allowed & self._alive
+
+    def trace(self, query: Floats, options: SearchOptions, video_id: str) -> Trace:
+        """Return at which stage of a search a video was lost. On the CPU only."""
+        if not isinstance(self._searcher, Searcher):
+            raise ConfigError("a search can be traced with search.device=cpu only")
+        clips = np.flatnonzero(pc.equal(self._clips["video_id"], video_id).to_numpy(zero_copy_only=False))
+        if not len(clips):
+            return Trace("not indexed")
+        clips = clips[np.diff(self._searcher.segment.token_of_clip)[clips] > 0]
+        if not len(clips):
+            return Trace("without tokens")
+        if self._alive is not None:
+            clips = clips[self._alive[clips]]
+        if not len(clips):
+            return Trace("tombstoned")
+        allowed = self._allowed(options)
+        if allowed is not None:
+            clips = clips[allowed[clips]]
+        if not len(clips):
+            return Trace("filtered out")
+        [hits], num_clips = self._search([query], options)
+        rank = next((rank for rank, hit in enumerate(hits, start=1) if hit.video_id == video_id), None)
+        if rank is not None:
+            return Trace("found", rank=rank, hit=hits[rank - 1], last=hits[-1])
+        plan, _ = options.plan(self._manifest, self._clips.num_rows)
+        fate = self._searcher.trace(query, clips, num_clips, plan, options.scorer, allowed)
+        if fate.stage != "scored":
+            needed = self._probes_needed(query, clips, num_clips, plan, options, allowed) if not fate.place else 0
+            return Trace(fate.stage, plan=plan, fate=fate, probes_needed=needed)
+        everything = replace(options, k=self._clips.num_rows)
+        [ranked] = self.search([query], everything)
+        rank = next((rank for rank, hit in enumerate(ranked, start=1) if hit.video_id == video_id), 0)
+        return Trace("outscored", plan, fate, rank=rank, hit=ranked[rank - 1] if rank else None, last=hits[-1])
+
+    def _probes_needed(
+        self,
+        query: Floats,
+        clips: npt.NDArray[np.int64],
+        k: int,
+        plan: Plan,
+        options: SearchOptions,
+        allowed: npt.NDArray[np.bool_] | None,
+    ) -> int:
+        """Return the first doubling of the probes that meets one of some clips."""
+        assert isinstance(self._searcher, Searcher)
+        probes = plan.probes
+        while probes < self._manifest["num_centroids"]:
+            probes *= 2
+            more = Plan(probes, plan.candidates)
+            if self._searcher.trace(query, clips, k, more, options.scorer, allowed).stage != "not probed":
+                break
+        return probes
 
     def _rescore(self, queries: Sequence[Floats], found: Sequence[Result], scorer: Scorer) -> list[Result]:
         """Return results scored again on the float16 embeddings that the index was made from; each clip is read once."""
@@ -202,22 +290,6 @@ def _searcher(loaded: LoadedIndex, codec: ResidualCodec, device: str) -> Searche
     from operators.search_gpu import GpuSearcher  # brings torch
 
     return GpuSearcher([loaded.segment], codec, device)
-
-
-def search_exactly(
-    shard: Shard, queries: Sequence[Floats], store: Store, table: str, version: int, k: int, scorer: Scorer
-) -> list[list[Hit]]:
-    """Return the best ``k`` videos of a shard for each query, scored on its float16 token embeddings. A Ray task."""
-    tokens = read_tokens(store, table, version, shard.rows["_rowid"]).astype(np.float32)
-    scores = score_clips(
-        queries, tokens, shard.run_lengths, shard.run_clip, shard.run_modality, shard.clips.num_rows, scorer
-    )
-    order = [np.lexsort((np.arange(len(of_query)), -of_query)) for of_query in scores]
-    hits = [
-        best_videos(shard.clips, ranked[np.isfinite(of_query[ranked])], of_query[ranked][np.isfinite(of_query[ranked])])
-        for ranked, of_query in zip(order, scores, strict=True)
-    ]
-    return [of_query[:k] for of_query in hits]
 
 
 def best_videos(clips: pa.Table, ordinals: npt.NDArray[np.int64], scores: Floats) -> list[Hit]:

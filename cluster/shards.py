@@ -1,4 +1,4 @@
-"""Cuts a token embedding table into shards of whole clips, and reads one.
+"""Cuts a token embedding table into shards of whole videos, and reads one.
 
 A clip's modalities may lie in different fragments (each can be redone alone), so a shard is a list of row ids in clip
 order, not a range of fragments. The driver holds keys and lengths; workers read the embeddings.
@@ -54,6 +54,17 @@ class Shard:
         return keys.append_column("row_ids", pa.LargeListArray.from_arrays(first_rows, row_ids))
 
     @cached_property
+    def first_clip_of_video(self) -> npt.NDArray[np.int64]:
+        """Ordinal of each video's first clip within the shard, (V,)."""
+        return np.flatnonzero(_changes(self.clips["video_id"]))
+
+    @cached_property
+    def video_ids(self) -> npt.NDArray[np.object_]:
+        """Of each video, (V,), rising."""
+        taken = self.clips["video_id"].take(pa.array(self.first_clip_of_video))
+        return np.array(taken.to_pylist(), dtype=object)
+
+    @cached_property
     def _starts_clip(self) -> npt.NDArray[np.bool_]:
         ordinals = self.rows["clip_ordinal"].to_numpy()
         return np.concatenate([[True], ordinals[1:] != ordinals[:-1]]) if len(ordinals) else np.zeros(0, dtype=bool)
@@ -68,28 +79,34 @@ def clip_rows(store: Store, table: str, version: int) -> pa.Table:
     modality_index = pc.index_in(rows["modality"], value_set=pa.array(MODALITIES)).cast(pa.uint8())
     rows = rows.append_column("modality_index", modality_index)
     rows = rows.sort_by([("video_id", "ascending"), ("clip", "ascending"), ("modality_index", "ascending")])
-    video = rows["video_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    clip = rows["clip"].to_numpy()
-    starts = np.ones(rows.num_rows, dtype=bool)
-    starts[1:] = (video[1:] != video[:-1]) | (clip[1:] != clip[:-1])
+    starts = _changes(rows["video_id"]) | _changes(rows["clip"])
     return rows.append_column("clip_ordinal", pa.array(np.cumsum(starts) - 1))
 
 
+def _changes(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Return where a column differs from the row before, the first row too."""
+    values = column.combine_chunks()
+    changes = np.ones(len(values), dtype=bool)
+    if len(values) > 1:
+        changes[1:] = pc.not_equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
+    return changes
+
+
 def cut(rows: pa.Table, shard_tokens: int) -> list[Shard]:
-    """Return shards of whole clips, of rows as `clip_rows` gives them, with about ``shard_tokens`` tokens each."""
+    """Return shards of whole videos, of rows as `clip_rows` gives them, with about ``shard_tokens`` tokens each."""
     if not rows.num_rows:
         return []
-    ordinals, lengths = rows["clip_ordinal"].to_numpy(), rows["num_tokens"].to_numpy().astype(np.int64)
-    starts = np.diff(ordinals, prepend=-1) != 0
-    # A shard ends at the first clip boundary past its budget.
-    shard_of_clip = (np.cumsum(lengths) - lengths)[starts] // shard_tokens
-    shard_of_row = shard_of_clip[np.cumsum(starts) - 1]
+    lengths = rows["num_tokens"].to_numpy().astype(np.int64)
+    starts = _changes(rows["video_id"])
+    # A shard ends at the first video past its budget.
+    shard_of_video = (np.cumsum(lengths) - lengths)[starts] // shard_tokens
+    shard_of_row = shard_of_video[np.cumsum(starts) - 1]
     bounds = np.flatnonzero(np.diff(shard_of_row, prepend=-1))
     return [Shard(rows.slice(a, b - a)) for a, b in zip(bounds, [*bounds[1:], rows.num_rows], strict=True)]
 
 
 def plan_shards(store: Store, table: str, version: int, shard_tokens: int) -> list[Shard]:
-    """Return shards of whole clips of a token embedding table with about ``shard_tokens`` tokens each."""
+    """Return shards of whole videos of a token embedding table with about ``shard_tokens`` tokens each."""
     return cut(clip_rows(store, table, version), shard_tokens)
 
 

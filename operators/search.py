@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,26 @@ class Plan:
 
 
 EXHAUSTIVE = Plan(0, 0)
+
+
+class Fate(NamedTuple):
+    """How far the best of some clips came in a search: the last stage that it reached, and its place there, from 1.
+
+    Attributes
+    ----------
+    stage
+        ``not probed``: no probe met it. ``pruned``: met, but not among the candidates by its centroids. ``scored``: on its
+        codes.
+    place, among
+        By the scores of that stage, of so many clips; 0 of those met where it was not.
+    limit
+        Candidates that were kept.
+    """
+
+    stage: Literal["not probed", "pruned", "scored"]
+    place: int
+    among: int
+    limit: int
 
 
 class _Lanes:
@@ -212,6 +232,35 @@ class Searcher:
             approximate = self._score_by_centroids(lanes, table, found, scorer)
             found = found[np.sort(_largest(approximate, limit))]
         return _top(found, self._score_by_codes(lanes, table, found, scorer, 1)[:, 0], k)
+
+    def trace(
+        self,
+        query: Floats,
+        clips: Ints,
+        k: int,
+        plan: Plan,
+        scorer: Scorer,
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> Fate:
+        """Return how far the best of some clips comes in the search that `search` would make; otherwise as there."""
+        if plan.probes == 0 or self._scans_cheaper(plan, [query], allowed):
+            [(ranked, _)] = self._scan([query], self.segment.num_clips, scorer, allowed, 1)
+            return Fate("scored", _place(ranked, clips), len(ranked), len(ranked))
+        lanes = _Lanes([query], self.codec, self._largest_norm)
+        table, cells = self._table(lanes, plan.probes)
+        found = self._gather(cells, allowed)
+        limit = max(plan.candidates, 2 * k)
+        if not np.isin(clips, found).any():
+            return Fate("not probed", 0, len(found), limit)
+        if len(found) > limit:
+            approximate = self._score_by_centroids(lanes, table, found, scorer)
+            kept = found[np.sort(_largest(approximate, limit))]
+            if not np.isin(clips, kept).any():
+                ranked = found[np.argsort(-approximate, kind="stable")]
+                return Fate("pruned", _place(ranked, clips), len(found), limit)
+            found = kept
+        ranked, _ = _top(found, self._score_by_codes(lanes, table, found, scorer, 1)[:, 0], len(found))
+        return Fate("scored", _place(ranked, clips), len(found), limit)
 
     def candidates(self, query: Floats, probes: int, scorer: Scorer) -> tuple[Ints, int]:
         """Return the clips that probing finds, best first by their centroids, and how many tokens they have."""
@@ -375,6 +424,12 @@ class Searcher:
             first = self.segment.token_of_clip
             sizes += (first[clips + 1] - first[clips]) * self.codec.code_bytes
         return blocks(sizes, SCAN_BYTES)
+
+
+def _place(ranked: Ints, clips: Ints) -> int:
+    """Return the place, from 1, of the first of some clips; 0 if none is ranked."""
+    places = np.flatnonzero(np.isin(ranked, clips))
+    return int(places[0]) + 1 if len(places) else 0
 
 
 def _merged(tops: Sequence[Result], k: int) -> Result:

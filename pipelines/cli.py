@@ -313,40 +313,77 @@ def search(
     tag: Annotated[list[str] | None, typer.Option("--tag", help="Only videos with this tag; may be repeated.")] = None,
     start: Annotated[float, typer.Option("--from", help="Only clips that end after this second.")] = 0.0,
     stop: Annotated[float, typer.Option("--to", help="Only clips that start before this second.")] = float("inf"),
+    lost: Annotated[str | None, typer.Option("--why-not", help="Say at which stage this video was lost.")] = None,
 ) -> Command:
     """Search the newest release."""
-    from pipelines import render
+    from pipelines import render, render_evaluation
 
     def work(loaded: Config) -> Any:
         from pipelines.search import Wanted, search
+        from pipelines.why_not import why_not
 
-        found = search(loaded, text, k, explain, Wanted(tuple(video or ()), tuple(tag or ()), start, stop))
+        wanted = Wanted(tuple(video or ()), tuple(tag or ()), start, stop)
+        if lost is not None:
+            return why_not(loaded, text, lost, k, wanted)
+        found = search(loaded, text, k, explain, wanted)
         return {"query": text, "results": [result.to_json() for result in found]}
 
-    return work, render.results
+    return work, render.results if lost is None else render_evaluation.loss
+
+
+@_command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
+    b: Annotated[Path, typer.Argument(help="Folder of another, over the same queries.")],
+    query: Annotated[str | None, typer.Option("--query", help="Only this query: both rankings, and why.")] = None,
+) -> Command:
+    """Show which queries are better and worse in one evaluation than in another."""
+    from pipelines import render_evaluation
+
+    def work(_: Config) -> Any:
+        from pipelines.compare import diff
+
+        return diff(a, b, query)
+
+    return work, render_evaluation.comparison
 
 
 @_command()
 def evaluate(
-    queries: Annotated[Path, typer.Option("--queries", help="JSON lines: id, text, optional target_modality.")],
-    qrels: Annotated[Path, typer.Option("--qrels", help="Relevance judgements in TREC form.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for run.trec, metrics.json, per_query.parquet.")
+    qrels: Annotated[Path, typer.Option("--qrels", help="Relevance judgements: TREC, BEIR, JSON lines or Parquet.")],
+    queries: Annotated[
+        Path | None, typer.Option("--queries", help="JSON lines (id, text, ...), TREC topics, TSV, CSV or Parquet.")
     ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for runs, measures and the page.")] = None,
     path: Annotated[
         Literal["index", "exact"], typer.Option("--path", help="`exact` scores every token embedding.")
     ] = "index",
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Measure this TREC run; nothing is searched, no store is needed.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Another system beside it: a release's number, or a TREC run.")
+    ] = None,
 ) -> Command:
-    """Measure retrieval over judged queries, overall and by target modality."""
-    from pipelines import render
+    """Measure retrieval over judged queries, beside fusions, single modalities and ablations, with significance."""
+    from pipelines import render_evaluation
 
     def work(loaded: Config) -> Any:
-        from pipelines.evaluate import evaluate
+        from operators.errors import ConfigError
+        from pipelines.evaluate import evaluate, evaluate_run
+        from pipelines.evaluation_folder import save
 
-        result = evaluate(loaded, queries, qrels, out, path)
-        return {name: value for name, value in result.items() if name != "per_query"}
+        if run is not None:
+            found = evaluate_run(loaded, run, qrels, queries, Path(against) if against else None)
+        elif queries is not None:
+            found = evaluate(loaded, queries, qrels, path, against)
+        else:
+            raise ConfigError("evaluate takes --queries to search with, or --run to measure")
+        if out is not None:
+            save(found, out, loaded)
+        return found.document
 
-    return work, render.measures
+    return work, render_evaluation.leaderboard
 
 
 @_command()
@@ -451,11 +488,16 @@ def runs(
 
 @_command()
 def report(
-    run: Annotated[str, typer.Argument(help="Its id, or `last` for the last night.")] = "last",
+    run: Annotated[
+        str, typer.Argument(help="A run's id, `last` for the last night, or the folder of an evaluation or a sweep.")
+    ] = "last",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html and report.json.")] = None,
 ) -> Command:
-    """Show what a night did, against the nights before."""
+    """Show what a night did, against the nights before; or make the page of an evaluation or a sweep."""
     from pipelines import render
+
+    if Path(run).is_dir():
+        return lambda _: _write_page(Path(run), out or Path(run)), render.page
 
     def work(loaded: Config) -> Any:
         from pipelines.nightly import report_of, save_report
@@ -466,6 +508,16 @@ def report(
         return made
 
     return work, render.report
+
+
+def _write_page(folder: Path, out: Path) -> dict[str, str]:
+    from pipelines.evaluation_page import evaluation_page
+    from pipelines.sweep_page import sweep_page
+
+    html = sweep_page(folder) if (folder / "sweep.json").exists() else evaluation_page(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.html").write_text(html, encoding="utf-8")
+    return {"page": str(out / "report.html")}
 
 
 @_command()
@@ -526,3 +578,25 @@ def doctor() -> Command:
         return {"checks": examine(loaded)}
 
     return work, render.checks
+
+
+@app.command()
+def dataset(
+    name: Annotated[str, typer.Argument(help="The benchmark; a wrong name is answered with the list of them.")],
+    folder: Annotated[Path, typer.Argument(help="Where its annotations are, or their one file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for manifest.jsonl, queries.jsonl and qrels.txt.")],
+    videos: Annotated[Path | None, typer.Option("--videos", help="Folder of its video files.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="For beir, mteb and youcook2.")] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a benchmark that is on disk into a manifest, queries and judgements."""
+    from pipelines import render
+
+    def work(_: Config) -> Any:
+        from pipelines.benchmarks_on_disk import make_dataset
+
+        return make_dataset(name, folder, out, videos, split)
+
+    _run(work, render.dataset, None, None, None, as_json, verbose, quiet)

@@ -286,13 +286,20 @@ class SearchConfig(_Model):
 
 
 class EvaluateConfig(_Model):
-    """Which measures, by the names of ir_measures, and how deep a run is."""
+    """Which measures, by the names of ir_measures, and how deep a run is.
 
+    ``compare_exact`` scores every token embedding, too: the oracle of the index's recall, and all other systems.
+    ``protocol`` is how judgements count; ``clamr_diagonal`` is CLaMR's, for its published figures only. ``details`` queries,
+    the worst, are explained hit by hit for the page of the evaluation.
+    """
+
+    protocol: Literal["trec", "clamr_diagonal"] = "trec"
     measures: tuple[str, ...] = ("nDCG@10", "R@1", "R@10", "RR")
     depth: int = Field(100, ge=1)
     batch_queries: int = Field(256, ge=1)
     shard_tokens: int = Field(2_000_000, ge=1)
     compare_exact: bool = True
+    details: int = Field(50, ge=0)
 
 
 class GatesConfig(_Model):

@@ -8,6 +8,7 @@ by its path (``measures.all.nDCG@10``), and leaves out lists, so intervals, and 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from typing import Any
 
 import yaml
 
+from operators.measures import rises
+
 MTEB_NAMES = {"nDCG": "ndcg", "AP": "map", "R": "recall", "P": "precision", "RR": "mrr", "Success": "hit_rate"}
 """Of the measures that MTEB computes too, by trec_eval as ir_measures does."""
-
-LOWER_IS_BETTER = ("MdR", "MnR")
 
 ALPHA = 0.05
 """Adjusted p-values up to this get a dagger."""
@@ -73,11 +74,11 @@ def _numbers(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, (*path, name))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             yield (*path, name), float(value)
 
 
-def to_mteb(document: Mapping[str, Any], task_name: str, languages: Sequence[str] = ()) -> dict[str, Any]:
+def to_mteb(document: Mapping[str, Any], task_name: str, languages: Sequence[str] = ("und-Zyyy",)) -> dict[str, Any]:
     """Return the primary system's measures as MTEB keeps the result of a task.
 
     MTEB did not compute them, so ``mteb_version`` is null; `pipelines.mteb_adapter` lets it.
@@ -85,10 +86,11 @@ def to_mteb(document: Mapping[str, Any], task_name: str, languages: Sequence[str
     Parameters
     ----------
     languages
-        Of the queries as MTEB names them, for example ``eng-Latn``.
+        Of the queries as MTEB names them, for example ``eng-Latn``; undetermined unless given. MTEB leaves out a result
+        without any.
     """
     measures = document["measures"]["all"]
-    scores = {flat_name(name): value for name, value in measures.items() if name != "queries"}
+    scores = {flat_name(name): measures[name] for name in _measures(document) if math.isfinite(measures[name])}
     of_test = {"main_score": measures[document["primary_measure"]], "hf_subset": "default", "languages": [*languages]}
     return {
         "dataset_revision": "local",
@@ -156,19 +158,19 @@ def _caption(document: Mapping[str, Any]) -> str:
 
 def _rows(document: Mapping[str, Any], measures: Sequence[str]) -> Iterator[tuple[str, list[_Cell]]]:
     systems = document["systems"].values()
-    best = {name: _best(name, [of["measures"]["all"].get(name) for of in systems]) for name in measures}
+    best = {name: _best(name, [of["measures"]["all"].get(name, math.nan) for of in systems]) for name in measures}
     for of in systems:
         yield of["label"], [_cell(of, name, best[name]) for name in measures]
 
 
-def _best(measure: str, values: Sequence[float | None]) -> str:
-    better = min if measure.startswith(LOWER_IS_BETTER) else max
-    return _number(better(value for value in values if value is not None))
+def _best(measure: str, values: Sequence[float]) -> str:
+    better = max if rises(measure) else min
+    return _number(better((value for value in values if math.isfinite(value)), default=math.nan))
 
 
 def _cell(system: Mapping[str, Any], measure: str, best: str) -> _Cell:
-    value = system["measures"]["all"].get(measure)
-    if value is None:
+    value = system["measures"]["all"].get(measure, math.nan)
+    if math.isnan(value):
         return _Cell("–", "")
     interval = system.get("intervals", {}).get("all", {}).get(measure)
     shown = f" [{', '.join(map(_number, interval))}]" if interval else ""

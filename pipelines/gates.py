@@ -20,19 +20,14 @@ from cluster.store import VIDEOS, Store
 from operators import schema
 from operators.calibrate import sample_queries
 from operators.encoders import Query
+from operators.measures import mean, per_query
+from pipelines import leaderboard
 from pipelines.config import GatesConfig
-from pipelines.evaluate import (
-    JudgedQuery,
-    measure,
-    open_fleet,
-    parse_measures,
-    read_qrels,
-    read_queries,
-    search_all,
-    search_fleet,
-)
+from pipelines.datasets import JudgedQuery, read_qrels, read_queries
+from pipelines.evaluate import open_fleet, search_all, search_fleet
 from pipelines.job import Job
 from pipelines.release import Release
+from pipelines.runs import scores_of
 
 DEPTH = 10
 NUM_SHARDS = 16
@@ -120,10 +115,11 @@ def _judged(
 ) -> Iterator[Gate]:
     config = job.config.gates
     assert config.canary_qrels is not None
-    [first] = parse_measures(job.config.evaluate.measures[:1])
-    run = {query.query_id: hits for query, hits in zip(judged, found, strict=True)}
-    result = measure(judged, read_qrels(config.canary_qrels), run, [first])
-    value, name = result["measures"]["all"][str(first)], str(first)
+    name, judgements = job.config.evaluate.measures[0], read_qrels(config.canary_qrels)
+    leaderboard.check([name], "trec", judged, judgements)
+    run = scores_of({query.query_id: hits for query, hits in zip(judged, found, strict=True)})
+    values = per_query([name], judgements, run, job.config.evaluate.depth)
+    value = mean(name, [of_query[name] for of_query in values.values()])
     if config.min_quality is not None:
         yield _gate(name, value, config.min_quality, value >= config.min_quality, f"{len(judged)} canary queries")
     before = (

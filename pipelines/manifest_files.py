@@ -29,7 +29,7 @@ UNREADABLE = (OSError, ValueError, RuntimeError, pa.ArrowException)
 Row = tuple[int, Mapping[str, Any]]
 
 
-def _lines(filesystem: Any, path: str, name: str) -> Iterator[str]:
+def read_lines(filesystem: Any, path: str, name: str) -> Iterator[str]:
     """Yield the lines of a text file, compressed or not.
 
     Decoded one by one, so that an error names its line. No line is held whose length shows that this is no text.
@@ -41,23 +41,23 @@ def _lines(filesystem: Any, path: str, name: str) -> Iterator[str]:
                 number += 1
                 if len(line) == MAX_LINE_BYTES:
                     raise ConfigError(
-                        f"{name}, line {number} is longer than {MAX_LINE_BYTES >> 20} MiB. Write one line a video"
+                        f"{name}, line {number} is longer than {MAX_LINE_BYTES >> 20} MiB. Write one line a row"
                     )
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{name}, line {number}: not UTF-8 ({error.reason} at byte {error.start + 1}). Save the manifest as UTF-8"
+            f"{name}, line {number}: not UTF-8 ({error.reason} at byte {error.start + 1}). Save it as UTF-8"
         ) from error
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(
-            f"cannot read the manifest {name} after line {number}: {why(error, name)}. Write or copy it again"
+            f"cannot read {name} after line {number}: {why(error, name)}. Write or copy it again"
         ) from error
 
 
 def read_jsonl(filesystem: Any, path: str, name: str) -> Iterator[Row]:
     """Yield the objects of a JSONL file with their line numbers."""
     # Not with Arrow's reader: columns may differ between lines, and an error must name its line.
-    for number, line in enumerate(_lines(filesystem, path, name), start=1):
+    for number, line in enumerate(read_lines(filesystem, path, name), start=1):
         if line.isspace() or not line:
             continue
         try:
@@ -65,7 +65,7 @@ def read_jsonl(filesystem: Any, path: str, name: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             found = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise ConfigError(
-                f"{name}, line {number}: not JSON ({found}). Each line must be one JSON object; was the manifest "
+                f"{name}, line {number}: not JSON ({found}). Each line must be one JSON object; was the file "
                 "written to its end?"
             ) from error
         if not isinstance(row, dict):
@@ -78,49 +78,60 @@ def read_jsonl(filesystem: Any, path: str, name: str) -> Iterator[Row]:
 
 def read_csv(filesystem: Any, path: str, name: str, delimiter: str) -> Iterator[Row]:
     """Yield the rows of a CSV file, their values all text, with the numbers of the lines they begin on."""
+    header: list[str] = []
+    for number, cells in read_cells(filesystem, path, name, delimiter):
+        if not header:
+            header = cells
+            _check_columns(f"{name}, line {number}", header)
+        elif len(cells) != len(header):
+            raise ConfigError(
+                f"{name}, line {number}: {len(cells)} values, but line 1 names {len(header)} columns. Put values "
+                f'that hold {delimiter!r} into "quotes"'
+            )
+        else:
+            yield number, {column: cell or None for column, cell in zip(header, cells, strict=True)}
+
+
+def read_cells(filesystem: Any, path: str, name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the cells of each row of a CSV file with the number of the line it begins on."""
     # Not with Arrow's reader: it takes the id 007 for the number 7, and fails where a later block is not like the first.
     csv.field_size_limit(MAX_LINE_BYTES)  # of the process; its default is less than a long description
-    reader = csv.reader(_lines(filesystem, path, name), delimiter=delimiter, strict=True)
-    header: list[str] = []
+    reader = csv.reader(read_lines(filesystem, path, name), delimiter=delimiter, strict=True)
     number = 1
     try:
         for cells in reader:
-            if not cells:
-                pass
-            elif not header:
-                header = cells
-                _check_columns(f"{name}, line {number}", header)
-            elif len(cells) != len(header):
-                raise ConfigError(
-                    f"{name}, line {number}: {len(cells)} values, but line 1 names {len(header)} columns. Put values "
-                    f'that hold {delimiter!r} into "quotes"'
-                )
-            else:
-                yield number, {column: cell or None for column, cell in zip(header, cells, strict=True)}
+            if cells:
+                yield number, cells
             number = reader.line_num + 1
     except csv.Error as error:
         raise ConfigError(
-            f"{name}, line {number}: not CSV ({error}). Check its quotes; was the manifest written to its end?"
+            f"{name}, line {number}: not CSV ({error}). Check its quotes; was the file written to its end?"
         ) from error
 
 
-def read_parquet(filesystem: Any, path: str, name: str) -> Iterator[Row]:
-    """Yield the rows of a Parquet file, counted from 1."""
+def read_parquet(
+    filesystem: Any, path: str, name: str, choose: Callable[[str, pa.Schema], list[str] | None] | None = None
+) -> Iterator[Row]:
+    """Yield the rows of a Parquet file, counted from 1; of the columns that ``choose`` returns, or all of a manifest's."""
     number = 0
     try:
         with filesystem.open_input_file(path) as stream:
             file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-            _check_columns(name, file.schema_arrow.names)
-            _check_types(name, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=8192):
+            columns = (choose or _check_schema)(name, file.schema_arrow)
+            for batch in file.iter_batches(batch_size=8192, columns=columns):
                 batch.validate(full=True)
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
     except (*UNREADABLE, OverflowError) as error:
         raise ConfigError(
-            f"cannot read the manifest {name} after row {number}: {why(error, name)}. Write or copy it again"
+            f"cannot read {name} after row {number}: {why(error, name)}. Write or copy it again"
         ) from error
+
+
+def _check_schema(name: str, schema: pa.Schema) -> None:
+    _check_columns(name, schema.names)
+    _check_types(name, schema)
 
 
 def _check_columns(place: str, columns: Sequence[str]) -> None:

@@ -14,7 +14,8 @@ from rich.text import Text
 Json = Mapping[str, Any]
 
 
-def _console() -> Console:
+def make_console() -> Console:
+    """Return where results are printed."""
     # Without a terminal rich would cut tables at 80 columns.
     return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
@@ -37,12 +38,12 @@ def size(num_bytes: float) -> str:
 def sample(result: Json) -> None:
     """Print what a sample corpus holds."""
     counts = ", ".join(f"{value} {name}" for name, value in result.items() if isinstance(value, int))
-    _console().print(f"made {counts} in {result['directory']}")
+    make_console().print(f"made {counts} in {result['directory']}")
 
 
 def summary(result: Json) -> None:
     """Print what a run of index, ingest, extract or encode did."""
-    console, counts = _console(), result["counts"]
+    console, counts = make_console(), result["counts"]
     if "listed" in counts:
         names = ("listed", "new", "changed", "gone", "unchanged", "quarantined", "waiting")
         console.print("videos    " + " · ".join(f"{counts.get(name, 0)} {name}" for name in names))
@@ -83,7 +84,7 @@ def _print_next(console: Console, result: Json) -> None:
 
 def index(result: Json) -> None:
     """Print what build-index made."""
-    console, counts = _console(), result["counts"]
+    console, counts = make_console(), result["counts"]
     console.print(
         f"tokens    {counts['tokens']} in {counts['clips']} clips · {counts['segments']} segments"
         + (f" · {counts['centroids']} centroids" if "centroids" in counts else "")
@@ -126,7 +127,7 @@ def plan(result: Json) -> None:
     else:
         parts = " · ".join(f"{name} {value:.0f}" for name, value in estimate["seconds"].items())
         console_line = f"estimate  seconds, by the last {estimate['from_nights']} nights: {parts}"
-    console = _console()
+    console = make_console()
     console.print(console_line)
     if estimate["cost"]:
         console.print(f"cost      {estimate['cost']['amount']:.2f} {estimate['cost']['currency']}")
@@ -140,14 +141,19 @@ def report(result: Json) -> None:
     print(to_text(result), end="")
 
 
+def page(result: Json) -> None:
+    """Print where a page was written."""
+    print(result["page"])
+
+
 def live(result: Json) -> None:
     """Print which release readers now see."""
-    _console().print(f"release {result['live']} is live")
+    make_console().print(f"release {result['live']} is live")
 
 
 def releases(result: Json) -> None:
     """Print releases, a line each."""
-    console = _console()
+    console = make_console()
     table = Table(box=None, pad_edge=False)
     for column in ("release", "state", "made", "published", "index", "reason"):
         table.add_column(column, justify="right" if column == "release" else "left", no_wrap=column != "reason")
@@ -164,7 +170,7 @@ def _time(when: Any) -> str:
 
 def runs(result: Json) -> None:
     """Print runs, a line each."""
-    console = _console()
+    console = make_console()
     table = Table(box=None, pad_edge=False)
     for column in ("run", "job", "status", "started", "seconds", "what"):
         table.add_column(column, justify="right" if column == "seconds" else "left", no_wrap=column != "what")
@@ -181,14 +187,14 @@ def forgotten(result: Json) -> None:
     """Print which videos will be tried again."""
     videos = result["forgotten"]
     shown = ", ".join(videos[:10]) + (", ..." if len(videos) > 10 else "")
-    _console().print(f"{len(videos)} videos will be tried again by the next run: {shown}", markup=False)
+    make_console().print(f"{len(videos)} videos will be tried again by the next run: {shown}", markup=False)
 
 
 def collected(result: Json) -> None:
     """Print what gc deleted, or would."""
     would = "would delete" if result["dry_run"] else "deleted"
     releases_gone = ", ".join(map(str, result["releases"])) or "none"
-    console = _console()
+    console = make_console()
     console.print(
         f"{would} {result['files']} files, {size(result['bytes'])}, and {result['versions']} old versions of tables"
     )
@@ -199,7 +205,7 @@ def collected(result: Json) -> None:
 
 def results(result: Json) -> None:
     """Print search results and their explanations."""
-    console = _console()
+    console = make_console()
     if not result["results"]:
         console.print("nothing found")
     for rank, found in enumerate(result["results"], start=1):
@@ -225,27 +231,9 @@ def _print_explanation(console: Console, found: Json) -> None:
     console.print(table)
 
 
-def measures(result: Json) -> None:
-    """Print measures by target modality."""
-    console, groups = _console(), result["measures"]
-    names = [name for name in groups["all"] if name != "queries"]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("target modality")
-    table.add_column("queries", justify="right")
-    for name in names:
-        table.add_column(name, justify="right")
-    for group, values in sorted(groups.items(), key=lambda item: (item[0] == "all", item[0])):
-        table.add_row(group, str(values["queries"]), *(f"{values[name]:.3f}" for name in names))
-    console.print(f"{result['path']} path · scorer {result['scorer']} · release {result['release_id']}")
-    console.print(table)
-    for name, value in result.items():
-        if name.startswith("overlap@"):
-            console.print(f"{name}: {value:.3f}")
-
-
 def status(result: Json) -> None:
     """Print the state of a store."""
-    console = _console()
+    console = make_console()
     table = Table(box=None, pad_edge=False)
     for column in ("table", "rows", "version"):
         table.add_column(column, justify="left" if column == "table" else "right")
@@ -270,7 +258,7 @@ def status(result: Json) -> None:
 
 def failures(result: Json) -> None:
     """Print failures, a paragraph each."""
-    console = _console()
+    console = make_console()
     for failure in result["failures"]:
         again = "final" if failure["final"] else f"attempt {failure['attempts']}"
         console.print(f"{failure['video_id']}  {failure['stage']}  {failure['error']}  ({again})", markup=False)
@@ -281,8 +269,22 @@ def failures(result: Json) -> None:
 
 def checks(result: Json) -> None:
     """Print what the doctor found."""
-    console = _console()
+    console = make_console()
     for check in result["checks"]:
         console.print(f"{check['level']:<5} {check['name']:<10} {check['detail']}", markup=False)
         if check["mend"]:
             console.print(f"      mend: {check['mend']}", markup=False)
+
+
+def dataset(result: Json) -> None:
+    """Print what a benchmark holds, what was left out of it and why, and what to do with it."""
+    console, out = make_console(), result["directory"]
+    counts = ", ".join(f"{result[name]} {name}" for name in ("videos", "queries", "judgements"))
+    console.print(f"wrote {counts} to {out}")
+    for reason, count in result["left_out"].items():
+        console.print(f"  {count} {reason}")
+    if not result["videos"]:
+        console.print("  no manifest.jsonl, since no video has a file or text")
+    else:
+        console.print(f"next: maxreel index {out}/manifest.jsonl --store STORE")
+    console.print(f"then: maxreel evaluate --store STORE --queries {out}/queries.jsonl --qrels {out}/qrels.txt")

@@ -25,13 +25,23 @@ from pipelines.release import Release, open_release
 
 @dataclass(frozen=True)
 class Winner:
-    """What one query token matched best in a clip."""
+    """What one query token matched best in a clip; a patch is (left, top, right, bottom) as shares of a frame."""
 
     token: str
     modality: str
     score: float
     start_seconds: float
     text: str
+    patch: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a clip was found, and the rows of `modalities` that it is made of."""
+
+    winners: list[Winner]
+    share_by_modality: dict[str, float]
+    contents: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ def search_options(config: SearchConfig, k: int) -> SearchOptions:
     return SearchOptions(k, scorer_of(config), config.recall, config.probes, config.candidates, config.rescored)
 
 
-def search(config: Config, text: str, k: int, explain: bool = False, wanted: Wanted = Wanted()) -> list[Found]:
+def search(config: Config, text: str, k: int, explained: bool = False, wanted: Wanted = Wanted()) -> list[Found]:
     """Return the best ``k`` videos for a text, from the newest release.
 
     The segments are loaded into this process: for many queries use ``evaluate``, which spreads them over actors.
@@ -85,21 +95,21 @@ def search(config: Config, text: str, k: int, explain: bool = False, wanted: Wan
     store = open_store(config)
     release = open_release(store)
     with reading(store, release.release_id):
-        return _search(config, store, release, text, k, explain, wanted)
+        return _search(config, store, release, text, k, explained, wanted)
 
 
 def _search(
-    config: Config, store: Store, release: Release, text: str, k: int, explain: bool, wanted: Wanted
+    config: Config, store: Store, release: Release, text: str, k: int, explained: bool, wanted: Wanted
 ) -> list[Found]:
     encoder = release.load_encoder(num_threads=os.cpu_count() or 1)
     query = Query(text=text)
     embedded = encoder.encode_queries([query])
     manifest = release.manifest
     holder = SegmentHolder(store, manifest, manifest["segments"], config.search.codes_on_disk, config.search.device)
-    options = replace(search_options(config.search, k), filter=_filter(store, release, wanted))
+    options = replace(search_options(config.search, k), filter=filter_of(store, release, wanted))
     [hits] = holder.search(embedded, options)
     videos = _videos(store, release, [hit.video_id for hit in hits])
-    tokens = encoder.query_tokens(query) if explain else []
+    tokens = encoder.query_tokens(query) if explained else []
     return [
         Found(
             video_id=hit.video_id,
@@ -108,13 +118,13 @@ def _search(
             stop_seconds=hit.stop_seconds,
             title=videos[hit.video_id]["title"],
             uri=videos[hit.video_id]["uri"],
-            **(_explain(store, release, hit, embedded[0], tokens, options.scorer) if explain else {}),
+            **(_explanation(store, release, hit, embedded[0], tokens, options.scorer) if explained else {}),
         )
         for hit in hits
     ]
 
 
-def _filter(store: Store, release: Release, wanted: Wanted) -> Filter:
+def filter_of(store: Store, release: Release, wanted: Wanted) -> Filter:
     """Return a filter, tags turned into the videos that carry one."""
     video_ids = frozenset(wanted.videos) if wanted.videos else None
     if wanted.tags:
@@ -126,23 +136,31 @@ def _filter(store: Store, release: Release, wanted: Wanted) -> Filter:
 
 def _videos(store: Store, release: Release, video_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     dataset = store.open(VIDEOS, release.tables[VIDEOS])
-    rows = dataset.to_table(columns=["video_id", "title", "uri"], filter=_any_of(video_ids)) if video_ids else None
+    rows = dataset.to_table(columns=["video_id", "title", "uri"], filter=any_of(video_ids)) if video_ids else None
     found = {row["video_id"]: row for row in rows.to_pylist()} if rows else {}
     return defaultdict(lambda: {"title": None, "uri": None}, found)
 
 
-def _any_of(video_ids: Sequence[str]) -> str:
+def any_of(video_ids: Sequence[str]) -> str:
+    """Return the condition that a row is of one of these videos."""
     quoted = ", ".join("'" + video_id.replace("'", "''") + "'" for video_id in video_ids)
     return f"video_id IN ({quoted})"
 
 
-def _explain(
+def _explanation(
     store: Store, release: Release, hit: Hit, query: np.ndarray, query_tokens: Sequence[str], scorer: Scorer
 ) -> dict[str, Any]:
+    explained = explain(store, release, hit, query, query_tokens, scorer)
+    return {"winners": explained.winners, "share_by_modality": explained.share_by_modality}
+
+
+def explain(
+    store: Store, release: Release, hit: Hit, query: np.ndarray, query_tokens: Sequence[str], scorer: Scorer
+) -> Explanation:
     """Return the winners of a hit and each modality's share, from the float16 embeddings behind the index."""
-    of_clip = f"{_any_of([hit.video_id])} AND clip = {hit.clip}"
+    of_clip = f"{any_of([hit.video_id])} AND clip = {hit.clip}"
     table = store.open(release.token_table, release.tables[release.token_table])
-    rows = table.to_table(columns=["modality", "embeddings", "span_index"], filter=of_clip).to_pylist()
+    rows = table.to_table(columns=["modality", "embeddings", "span_index", "grid"], filter=of_clip).to_pylist()
     rows.sort(key=lambda row: schema.MODALITIES.index(row["modality"]))
     dim = release.manifest["dim"]
     tokens = np.concatenate([np.array(row["embeddings"], np.float32).reshape(-1, dim) for row in rows])
@@ -150,14 +168,15 @@ def _explain(
     modality = np.array([schema.MODALITIES.index(row["modality"]) for row in rows], np.uint8)
     winners, shares = explain_clip(query, tokens, lengths, modality, scorer)
     contents = _contents(store, release, of_clip)
-    spans = [(row["modality"], span) for row in rows for span in row["span_index"]]
-    return {
-        "winners": [
-            _winner(token, spans[index][0], spans[index][1], score, contents)
+    places = [(row, place) for row in rows for place in range(len(row["span_index"]))]
+    return Explanation(
+        [
+            _winner(token, places[index][0], places[index][1], score, contents)
             for token, index, score in zip(query_tokens, winners.token.tolist(), winners.score.tolist(), strict=True)
         ],
-        "share_by_modality": {schema.MODALITIES[m]: share for m, share in shares.items()},
-    }
+        {schema.MODALITIES[m]: share for m, share in shares.items()},
+        contents,
+    )
 
 
 def _contents(store: Store, release: Release, of_clip: str) -> dict[str, dict[str, Any]]:
@@ -165,9 +184,21 @@ def _contents(store: Store, release: Release, of_clip: str) -> dict[str, dict[st
     return {row["modality"]: row for row in table.to_table(filter=of_clip).to_pylist()}
 
 
-def _winner(token: str, modality: str, span: int, score: float, contents: dict[str, dict[str, Any]]) -> Winner:
+def _winner(token: str, row: dict[str, Any], place: int, score: float, contents: dict[str, dict[str, Any]]) -> Winner:
+    """Return what the token at a place of a modality won with."""
+    modality, span = row["modality"], row["span_index"][place]
     content = contents[modality]
     if modality == schema.FRAME:
-        return Winner(token, modality, score, content["frames"][span]["pts_seconds"], f"frame {span}")
+        seconds = content["frames"][span]["pts_seconds"]
+        return Winner(token, modality, score, seconds, f"frame {span}", _patch(row["grid"], place))
     of_span = content["spans"][span]
     return Winner(token, modality, score, of_span["start_seconds"], of_span["text"])
+
+
+def _patch(grid: Sequence[int] | None, place: int) -> tuple[float, float, float, float] | None:
+    """Return where in its frame the patch at a place is; None where tokens are no patches."""
+    if not grid:
+        return None
+    _, num_rows, num_columns = grid
+    row, column = divmod(place % (num_rows * num_columns), num_columns)
+    return column / num_columns, row / num_rows, (column + 1) / num_columns, (row + 1) / num_rows

@@ -1,6 +1,7 @@
 """What other tools read of an evaluation, worked out by hand from one document."""
 
 import json
+import math
 import re
 
 import pytest
@@ -87,11 +88,22 @@ def test_what_means_something_to_latex_or_markdown_is_escaped_in_labels(document
     assert r"| \[a\|b\] & 50 % of $x\_1^2$ {\\y} ~#1 \<z\> |" in to_markdown(document)
 
 
-def test_a_measure_that_a_system_lacks_is_a_dash_and_never_best(document):
+@pytest.mark.parametrize("lacking", [{}, {"MdR": math.nan}])
+def test_a_measure_that_a_system_lacks_is_a_dash_and_never_best(document, lacking):
     del document["systems"]["rrf"]["measures"]["all"]["MdR"]
+    document["systems"]["rrf"]["measures"]["all"] |= lacking
+    assert "systems/rrf/mdr" not in flatten(document)
     assert "| RRF, k=60 | **0.790** [0.740, 0.840] | – |\n" in to_markdown(document)
     assert "| **2.000** |\n" in to_markdown(document)
     assert r"{\scriptsize [0.740, 0.840]} & -- \\" in to_latex(document)
+
+
+def test_a_measure_that_no_system_has_is_a_column_of_dashes(document):
+    for of in document["systems"].values():
+        of["measures"]["all"]["PRRecall@5"] = math.nan
+    assert to_markdown(document).count(" | – |\n") == 3
+    [scores] = to_mteb(document, "cacm")["scores"]["test"]
+    assert "mdr" in scores and "prrecall_at_5" not in scores
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from operators.maxsim import make_scorer
 from operators.schema import MODALITIES as MODALITY_NAMES
 from pipelines import build_index as build_index_module
 from pipelines import evaluate as evaluation
+from pipelines.evaluation_folder import save
 from pipelines.release import open_release
 from pipelines.search import Wanted, search
 from tests.corpus import TOKENS, Corpus
@@ -151,7 +152,9 @@ def test_an_index_with_everything_probed_ranks_as_the_exact_path_does(indexed, t
         for shard_tokens in (7, 10**6):
             config = indexed.config(*everything, f"evaluate.shard_tokens={shard_tokens}")
             out = tmp_path / f"{path}{shard_tokens}"
-            results[path, shard_tokens] = evaluation.evaluate(config, queries, qrels, out, path)
+            found = evaluation.evaluate(config, queries, qrels, path)
+            save(found, out, config)
+            results[path, shard_tokens] = found.document
     runs = {key: scores(tmp_path / f"{key[0]}{key[1]}" / "run.trec") for key in results}
     assert runs["exact", 7] == runs["exact", 10**6], "the number of shards must not matter"
     assert runs["index", 7] == pytest.approx(runs["exact", 7], abs=0.05), "8 bits, over 4 to 5 query tokens"
@@ -174,10 +177,12 @@ def test_ir_measures_repeats_our_figures_from_the_files(indexed, tmp_path):
     queries, qrels = tmp_path / "queries.jsonl", tmp_path / "qrels.txt"
     queries.write_text('{"id": "q1", "text": "red"}\n{"id": "q2", "text": "moon cat"}\n')
     qrels.write_text("q1 0 v0 1\nq1 0 v3 2\nq2 0 v2 1\n")
-    result = evaluation.evaluate(indexed.config(), queries, qrels, tmp_path / "out", "index")
+    found = evaluation.evaluate(indexed.config(), queries, qrels, "index")
+    save(found, tmp_path / "out", indexed.config())
+    result = found.document
     again = ir_measures.calc_aggregate(
         [ir_measures.nDCG @ 10, ir_measures.RR],
-        list(ir_measures.read_trec_qrels(str(qrels))),
+        list(ir_measures.read_trec_qrels(str(tmp_path / "out" / "qrels.txt"))),
         list(ir_measures.read_trec_run(str(tmp_path / "out" / "run.trec"))),
     )
     assert result["measures"]["all"]["nDCG@10"] == pytest.approx(again[ir_measures.nDCG @ 10], abs=1e-9)
@@ -185,7 +190,7 @@ def test_ir_measures_repeats_our_figures_from_the_files(indexed, tmp_path):
 
 
 def test_search_explains_each_query_token(indexed):
-    [first, *_] = search(indexed.config(), "red cat", k=2, explain=True)
+    [first, *_] = search(indexed.config(), "red cat", k=2, explained=True)
     assert (first.video_id, first.title) == ("v0", "red cat")
     assert {winner.modality for winner in first.winners} == {"metadata"}
     by_token = {winner.token: winner for winner in first.winners}
@@ -213,7 +218,8 @@ def test_clips_rescored_on_float_embeddings_score_as_the_exact_path_does(indexed
     queries.write_text('{"id": "q1", "text": "red cat"}\n{"id": "q2", "text": "moon"}\n')
     qrels.write_text("q1 0 v0 1\nq2 0 v2 1\n")
     for path in ("index", "exact"):
-        evaluation.evaluate(indexed.config("search.rescored=100"), queries, qrels, tmp_path / path, path)
+        config = indexed.config("search.rescored=100")
+        save(evaluation.evaluate(config, queries, qrels, path), tmp_path / path, config)
     runs = {path: scores(tmp_path / path / "run.trec") for path in ("index", "exact")}
     assert runs["index"] == pytest.approx(runs["exact"], abs=1e-5)
 
@@ -233,7 +239,7 @@ def test_a_filter_leaves_only_what_is_wanted(indexed, wanted, found):
 
 
 def test_only_the_modalities_that_count_are_scored(indexed):
-    hits = search(indexed.config("search.modalities=[metadata]"), "red cat", k=1, explain=True)
+    hits = search(indexed.config("search.modalities=[metadata]"), "red cat", k=1, explained=True)
     assert hits[0].share_by_modality.get("metadata") == pytest.approx(1)
 
 

@@ -8,7 +8,7 @@ import pytest
 from operators import schema
 from operators.errors import ConfigError
 from pipelines import sample
-from pipelines.evaluate import read_qrels, read_queries
+from pipelines.datasets import read_qrels, read_queries
 
 STOP_WORDS = {"and", "for", "from", "how", "its", "not", "that", "the", "this", "which", "with"}
 MODALITIES = {schema.FRAME, schema.SPEECH, schema.SCREEN_TEXT, schema.METADATA}

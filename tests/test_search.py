@@ -365,3 +365,28 @@ def test_every_instruction_set_computes_the_same(instructions, processor, featur
             for i, found in enumerate(Searcher([segment], codec).search(queries(), 50, plan, SUM)):
                 np.testing.assert_array_equal(theirs[f"{nbits} {plan.probes} {i}"][0], found[0])
                 np.testing.assert_allclose(theirs[f"{nbits} {plan.probes} {i}"][1], found[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("probes", [1, 2, 4])
+@pytest.mark.parametrize("candidates", [4, 16, 10**6])
+def test_a_trace_tells_what_the_search_did(monkeypatch, probes, candidates):
+    monkeypatch.setattr(Searcher, "_scans_cheaper", lambda *_: False)
+    segment, codec = built(longest=4)
+    searcher, [query] = Searcher([segment], codec), queries((5,))
+    plan = Plan(probes, candidates)
+    [(ranked, _)] = searcher.search([query], 2, plan, SUM)
+    [(scored, _)] = searcher.search([query], segment.num_clips, Plan(probes, 10**6), SUM)
+    met, _ = searcher.candidates(query, probes, SUM)
+    stages = set()
+    for clip in range(segment.num_clips):
+        fate = searcher.trace(query, np.array([clip]), 2, plan, SUM)
+        stages.add(fate.stage)
+        assert (fate.stage == "not probed") == (clip not in met)
+        if fate.stage == "pruned":
+            assert fate.place > fate.limit == max(candidates, 4)
+            assert searcher.trace(query, np.array([clip]), 2, Plan(probes, fate.place), SUM).stage == "scored"
+        if fate.stage == "scored":
+            assert (fate.place <= 2) == (clip in ranked)
+            if candidates == 10**6:
+                assert scored[fate.place - 1] == clip
+    assert "scored" in stages and ("pruned" in stages) == (candidates < len(met))
