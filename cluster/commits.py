@@ -105,7 +105,7 @@ def write_receipt(
     """
     started, cpu_started = time.perf_counter(), time.process_time()
     rows = to_rows(batch).cast(table_schema)
-    fragments = _write(rows, store, table) if rows.num_rows else []
+    fragments = write_rows(rows, store, table) if rows.num_rows else []
     timing = {
         "stage": "write",
         "seconds": time.perf_counter() - started,
@@ -122,7 +122,9 @@ def write_receipt(
     return pa.Table.from_pylist([receipt], schema=RECEIPT)
 
 
-def _write(rows: pa.Table, store: Store, table: str) -> list[FragmentMetadata]:
+def write_rows(rows: pa.Table, store: Store, table: str) -> list[FragmentMetadata]:
+    """Write rows as fragments that no version of the table has yet, and return what to commit. Runs on the workers."""
+
     def write() -> list[FragmentMetadata]:
         # The rows are in memory, so a write that Lance gives up on can simply be done again.
         written: list[FragmentMetadata] = write_fragments(

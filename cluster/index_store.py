@@ -363,6 +363,16 @@ def read_manifest(store: Store, index_id: str) -> dict[str, Any]:
     return manifest
 
 
+def find_manifest(store: Store, index_id: str) -> dict[str, Any] | None:
+    """Return an index's manifest, or None where it was never finished; what was written of it is deleted."""
+    if store.exists(_path(index_id, "manifest.json")):
+        return read_manifest(store, index_id)
+    left = [entry["path"] for batch in obstore.list(store.objects, _path(index_id, "")) for entry in batch]
+    if left:
+        obstore.delete(store.objects, left)
+    return None
+
+
 def parts(manifest: Mapping[str, Any]) -> set[str]:
     """Return the paths of everything that an index is made of: files, and folders of them."""
     entries = [manifest["codec"], *manifest["segments"], *filter(None, [manifest["tombstones"]])]

@@ -62,10 +62,13 @@ class Store:
         Absolute local path or object-store URI, without a trailing slash. Use `Store.at` to make one.
     options
         Storage options as Lance takes them, for example ``aws_endpoint``. Not shown: they may hold credentials.
+    tables_of
+        URI of the store whose tables these are, if not its own: an index of them is then written elsewhere.
     """
 
     uri: str
     options: Mapping[str, str] = field(default_factory=dict, repr=False)
+    tables_of: str | None = None
 
     @classmethod
     def at(cls, location: str, options: Mapping[str, str] | None = None) -> Store:
@@ -81,7 +84,7 @@ class Store:
 
     def table_uri(self, name: str) -> str:
         """Return where a table lives."""
-        return f"{self.uri}/{name}.lance"
+        return f"{self.tables_of or self.uri}/{name}.lance"
 
     def open(self, name: str, version: int | None = None) -> lance.LanceDataset:
         """Return a table, optionally at a version.

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
@@ -116,7 +117,7 @@ def update_index(job: Job, full: bool = False, dry_run: bool = False) -> int:
         with job.timed("update index"):
             manifest, reason = _grow(job, live.manifest, found, version)
     if manifest is None:
-        manifest = _build(job, rows, table, version, total)
+        manifest = _build(job, rows, table, version)
     _report(job, manifest, live, reason, num_clips, total, rows)
     if live is not None and manifest["index_id"] == live.index_id and is_current(store, live):
         return live.release_id
@@ -152,19 +153,51 @@ def _new_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}"
 
 
-def _build(job: Job, rows: pa.Table, table: str, version: int, total: int) -> dict[str, Any]:
+def _build(job: Job, rows: pa.Table, table: str, version: int) -> dict[str, Any]:
     """Build an index from nothing and return its manifest."""
-    config, index_id = job.config.build_index, _new_id()
     job.start_ray()
+    manifest = build_from_nothing(job.store, job.config.build_index, rows, table, version, _new_id(), timed=job.timed)
+    job.lease.check()
+    write_manifest(job.store, manifest["index_id"], manifest)
+    return manifest
+
+
+def build_from_nothing(
+    store: Store,
+    config: BuildIndexConfig,
+    rows: pa.Table,
+    table: str,
+    version: int,
+    index_id: str,
+    trained: Trained | None = None,
+    timed: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    progress: str | None = "build-index",
+) -> dict[str, Any]:
+    """Write an index of token embeddings and return its manifest, which is yet to be written: without it there is no index.
+
+    Parameters
+    ----------
+    rows
+        Of the table's version, as `cluster.shards.clip_rows` gives them.
+    trained
+        What `train` gave for these rows and settings, where that is known; it does not depend on ``nbits``.
+    timed
+        Measures each step, by its name.
+    progress
+        Name under which progress is shown; None shows none.
+    """
     shards = cut(rows, config.segment_tokens)
-    with job.timed("train codec"):
-        codec = _train(job, shards, table, version, total)
-        codec_entry = write_codec(job.store, index_id, codec)
-    with job.timed("encode segments"):
-        entries = _write_segments(job, shards, table, version, index_id, codec_entry)
-    with job.timed("calibrate"):
-        curve = _calibrate(job, shards, entries, table, version, codec_entry)
-    manifest = {
+    with timed("train codec"):
+        centroids, heldout = trained or train(store, config, shards, table, version)
+        fit = ray.remote(_fit).options(num_cpus=1)
+        codec: ResidualCodec = ray.get(fit.remote(centroids, heldout, config.nbits, config.seed))
+        codec_entry = write_codec(store, index_id, codec)
+    with timed("encode segments"):
+        entries = _write_segments(store, config, shards, table, version, index_id, codec_entry, progress)
+    with timed("calibrate"):
+        curve = _calibrate(store, config, shards, entries, table, version, codec_entry)
+    total = sum(entry["num_tokens"] for entry in entries)
+    return {
         "index_id": index_id,
         "codec": codec_entry,
         "curve": curve,
@@ -184,9 +217,6 @@ def _build(job: Job, rows: pa.Table, table: str, version: int, total: int) -> di
         },
         "config": config.model_dump(),
     }
-    job.lease.check()
-    write_manifest(job.store, index_id, manifest)
-    return manifest
 
 
 def _mean_error(entries: Sequence[Mapping[str, Any]]) -> float:
@@ -203,7 +233,7 @@ def _grow(job: Job, base: Mapping[str, Any], found: upkeep.Upkeep, version: int)
     added: list[Entry] = []
     if shards:
         job.start_ray()
-        added = _write_segments(job, shards, base["table"], version, index_id, base["codec"])
+        added = _write_segments(job.store, config, shards, base["table"], version, index_id, base["codec"])
     drift = _add_drift(base["drift"], added)
     if (reason := _drifted(drift, config.retrain_drift)) is not None:
         return None, reason
@@ -288,12 +318,17 @@ def _report(
     }
 
 
-def _train(job: Job, shards: list[Shard], table: str, version: int, total: int) -> ResidualCodec:
+Trained = tuple[np.ndarray, np.ndarray]
+"""Centroids, (C, dim), and held-out tokens that levels are fitted to, (T, dim)."""
+
+
+def train(store: Store, config: BuildIndexConfig, shards: Sequence[Shard], table: str, version: int) -> Trained:
     """Train on a sample of every shard, in proportion to its size, spread over as many actors as there are cores.
 
-    What is drawn, and so the result but for the order of additions, does not depend on how many there are.
+    What is drawn, and so the result but for the order of additions, does not depend on how many there are. All of them
+    must run at once: two trainings at a time could wait for each other's cores.
     """
-    config = job.config.build_index
+    total = sum(int(shard.run_lengths.sum()) for shard in shards)
     wanted = config.num_centroids or num_centroids(total, total)
     drawn = min(config.sample_tokens, MAX_POINTS * wanted / (1 - HELDOUT_SHARE) + MAX_HELDOUT_TOKENS)
     num_actors = max(1, min(int(cluster_resources()["CPU"]), math.ceil(drawn / MIN_ACTOR_TOKENS)))
@@ -304,7 +339,7 @@ def _train(job: Job, shards: list[Shard], table: str, version: int, total: int) 
     actor = ray.remote(_Trainer).options(num_cpus=1, num_gpus=gpus)
     seed = config.seed
     trainers = [
-        actor.remote(shards, job.store, table, version, min(1.0, drawn / total), seed, part, num_actors, config.device)
+        actor.remote(shards, store, table, version, min(1.0, drawn / total), seed, part, num_actors, config.device)
         for part in range(num_actors)
     ]
     heldout = np.concatenate(ray.get([trainer.heldout.remote() for trainer in trainers]))
@@ -319,10 +354,7 @@ def _train(job: Job, shards: list[Shard], table: str, version: int, total: int) 
         sent = ray.put(centroids)
         sums, counts = ray.get(_sum([trainer.cluster_sums.remote(sent) for trainer in trainers]))
         centroids = next_centroids(sums, counts, seed)
-    del trainers  # their cores are needed
-    fit = ray.remote(_fit).options(num_cpus=1)
-    codec: ResidualCodec = ray.get(fit.remote(centroids, heldout[:MAX_HELDOUT_TOKENS], config.nbits, seed))
-    return codec
+    return centroids, heldout[:MAX_HELDOUT_TOKENS]
 
 
 def _gpus(device: str) -> float:
@@ -403,15 +435,21 @@ def _add(*pairs: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _write_segments(
-    job: Job, shards: Sequence[Shard], table: str, version: int, index_id: str, codec: Mapping[str, str]
+    store: Store,
+    config: BuildIndexConfig,
+    shards: Sequence[Shard],
+    table: str,
+    version: int,
+    index_id: str,
+    codec: Mapping[str, str],
+    progress: str | None = "build-index",
 ) -> list[Entry]:
-    device = job.config.build_index.device
+    device = config.device
     task = ray.remote(_write_segment).options(num_cpus=1, num_gpus=_gpus(device), max_retries=3)
     waiting = [
-        task.remote(shard, f"{i:06d}", job.store, table, version, index_id, codec, device)
-        for i, shard in enumerate(shards)
+        task.remote(shard, f"{i:06d}", store, table, version, index_id, codec, device) for i, shard in enumerate(shards)
     ]
-    return _collect("build-index", waiting)
+    return _collect(progress, waiting)
 
 
 def _merge_segments(
@@ -437,13 +475,14 @@ def _merge_segments(
     return _collect("merge", waiting) if waiting else []
 
 
-def _collect(step: str, waiting: list[Any]) -> list[Entry]:
+def _collect(step: str | None, waiting: list[Any]) -> list[Entry]:
     entries: list[Entry] = []
-    with Progress(step, len(waiting)) as progress:
+    with Progress(step, len(waiting)) if step else nullcontext() as progress:
         while waiting:
             done, waiting = ray.wait(waiting)
             entries += ray.get(done)
-            progress.advance(len(done))
+            if progress:
+                progress.advance(len(done))
     return sorted(entries, key=lambda entry: str(entry["path"]))
 
 
@@ -497,14 +536,19 @@ def _write_segment(
 
 
 def _calibrate(
-    job: Job, shards: list[Shard], entries: list[Entry], table: str, version: int, codec: Mapping[str, str]
+    store: Store,
+    config: BuildIndexConfig,
+    shards: Sequence[Shard],
+    entries: Sequence[Entry],
+    table: str,
+    version: int,
+    codec: Mapping[str, str],
 ) -> dict[str, Any]:
     """Measure recall against probes and candidates on the first segments, as many as ``calibration_tokens`` allow."""
     before = np.cumsum([entry["num_tokens"] for entry in entries]) - [entry["num_tokens"] for entry in entries]
-    count = max(1, int(np.searchsorted(before, job.config.build_index.calibration_tokens)))
+    count = max(1, int(np.searchsorted(before, config.calibration_tokens)))
     task = ray.remote(_curve).options(num_cpus=1)
-    seed = job.config.build_index.seed
-    points = ray.get(task.remote(shards[:count], entries[:count], job.store, table, version, codec, seed))
+    points = ray.get(task.remote(shards[:count], entries[:count], store, table, version, codec, config.seed))
     return {"num_clips": sum(entry["num_clips"] for entry in entries[:count]), "points": points}
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -371,15 +371,44 @@ def load(files: Iterable[Path], assignments: Iterable[str], store: str | None = 
     """
     merged: dict[str, Any] = {}
     for file in files:
-        merged = _merge(merged, _read(file))
+        merged = _merge(merged, read_yaml(file))
     for assignment in assignments:
         merged = _merge(merged, _parse(assignment))
     if store is not None:
         merged["store"] = store
+    return validated(Config, merged)
+
+
+def override(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return a configuration with other settings, by their dotted names; what holds settings itself is merged.
+
+    Raises
+    ------
+    ConfigError
+        If a name or value is not allowed.
+    """
+    merged = config.model_dump(exclude_unset=True, exclude={"storage"})
+    for name, value in settings.items():
+        merged = _merge(merged, _nested(name, value))
+    # As it is: a dump hides credentials.
+    return validated(Config, {"storage": config.storage} | merged)
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def validated(model: type[Checked], content: Mapping[str, Any]) -> Checked:
+    """Return a model of plain values.
+
+    Raises
+    ------
+    ConfigError
+        If a name or value is not allowed.
+    """
     try:
-        return Config.model_validate(merged)
+        return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+        raise ConfigError("\n".join(_explain(problem, model) for problem in error.errors())) from error
 
 
 def _variable(name: str | None, setting: str) -> str | None:
@@ -390,7 +419,14 @@ def _variable(name: str | None, setting: str) -> str | None:
     return None if name is None else os.environ[name]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds; empty if it holds nothing.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, or holds something else.
+    """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -410,6 +446,10 @@ def _parse(assignment: str) -> dict[str, Any]:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {path}: {raw!r} is not a YAML value: {error}") from error
+    return _nested(path, value)
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
     *outer, last = path.split(".")
     nested: dict[str, Any] = {last: value}
     for name in reversed(outer):
@@ -425,19 +465,19 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
+def _explain(problem: Mapping[str, Any], root: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         may_be_secret = problem["loc"][:1] == ("storage",) and path not in PLAIN
         return f"{path}: {problem['msg']}" + ("" if may_be_secret else f"; got {problem['input']!r}")
-    allowed = _fields_at(problem["loc"][:-1])
+    allowed = _fields_at(root, problem["loc"][:-1])
     close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
     hint = f"Did you mean {close[0]}?" if close else f"Allowed: {', '.join(allowed)}."
     return f"{path}: no such setting. {hint}"
 
 
-def _fields_at(path: Iterable[Any]) -> list[str]:
-    model: Any = Config
+def _fields_at(root: type[BaseModel], path: Iterable[Any]) -> list[str]:
+    model: Any = root
     for name in path:
         model = model.model_fields[name].annotation
     return list(model.model_fields)
