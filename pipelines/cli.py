@@ -600,3 +600,24 @@ def dataset(
         return make_dataset(name, folder, out, videos, split)
 
     _run(work, render.dataset, None, None, None, as_json, verbose, quiet)
+
+
+@_command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The settings to try: base, grid, exclude.")],
+    queries: Annotated[Path | None, typer.Option("--queries", help="As `evaluate` takes them.")] = None,
+    qrels: Annotated[Path | None, typer.Option("--qrels", help="Relevance judgements in TREC form.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for sweep.json, best.yaml and all finished.")
+    ] = None,
+    dry_run: DryRunOption = False,
+) -> Command:
+    """Measure many settings, each thing made once; goes on where it was killed, and ends with the best trade-offs."""
+    from pipelines import render_sweep
+
+    def work(loaded: Config) -> Any:
+        from pipelines.sweep import sweep
+
+        return sweep(loaded, file, queries, qrels, out, dry_run)
+
+    return work, render_sweep.plan if dry_run else render_sweep.sweep
