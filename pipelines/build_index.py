@@ -342,6 +342,13 @@ def train(store: Store, config: BuildIndexConfig, shards: Sequence[Shard], table
         actor.remote(shards, store, table, version, min(1.0, drawn / total), seed, part, num_actors, config.device)
         for part in range(num_actors)
     ]
+    try:
+        return _centroids(trainers, config, total)
+    finally:
+        trainers.clear()  # an error would hold on to them, and their cores are needed
+
+
+def _centroids(trainers: Sequence[Any], config: BuildIndexConfig, total: int) -> Trained:
     heldout = np.concatenate(ray.get([trainer.heldout.remote() for trainer in trainers]))
     num_sampled = sum(ray.get([trainer.num_sampled.remote() for trainer in trainers]))
     count = config.num_centroids or num_centroids(total, num_sampled)
@@ -353,7 +360,7 @@ def train(store: Store, config: BuildIndexConfig, shards: Sequence[Shard], table
     for _ in range(ITERATIONS):
         sent = ray.put(centroids)
         sums, counts = ray.get(_sum([trainer.cluster_sums.remote(sent) for trainer in trainers]))
-        centroids = next_centroids(sums, counts, seed)
+        centroids = next_centroids(sums, counts, config.seed)
     return centroids, heldout[:MAX_HELDOUT_TOKENS]
 
 

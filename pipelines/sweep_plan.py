@@ -131,32 +131,32 @@ def read_asked(config: Config, queries: Path, qrels: Path) -> Asked:
 def look(store: Store, base: EncodeConfig, most: PoolTokens) -> Stored:
     """Return what a store holds of an encoder.
 
-    Its tokens are taken as made by the base if all of them are, else by the live release's settings where these differ in
-    budgets only: a sweep must not encode again what nights encode with other budgets. Where there are none yet, they are
-    to be made with the largest budgets of the sweep.
+    Its tokens are taken as made with the largest budgets of the sweep, those of its base, or those of the live release:
+    whichever leaves the least to encode. A sweep must not do again what nights do with other budgets.
 
     Raises
     ------
     StorageError
         If there is nothing to sweep.
     """
+    budgets, live = [most, base.pool_tokens], find_live(store)
+    if live and live.encode.encoder == base.encoder and live.encode.parameters() == base.parameters():
+        budgets.append(live.encode.pool_tokens)
+    ways = [base.model_copy(update={"pool_tokens": pool_tokens}) for pool_tokens in budgets]
+    num_stale, way = min(((_num_stale(store, way), way) for way in ways), key=lambda pair: pair[0])
     table = token_table(base.encoder)
     dataset = store.open_or_none(table)
-    ways, live = [base], find_live(store)
-    if dataset is None:
-        ways = [base.model_copy(update={"pool_tokens": most})]
-    elif live and live.encode.encoder == base.encoder and live.encode.parameters() == base.parameters():
-        ways.append(base.model_copy(update={"pool_tokens": live.encode.pool_tokens}))
-    for way in ways:
-        work, difference = plan(store, way)
-        if not (num_stale := work.num_rows + len(difference.surplus_row_ids)):
-            break
     rows = None if dataset is None else clip_rows(store, table, dataset.version)
     if not num_stale and (rows is None or not rows["num_tokens"].to_numpy().sum()):
         raise StorageError(f"{store.uri} has no token embeddings to sweep; run `maxreel index MANIFEST` first")
     if dataset is None:
         return Stored(way, num_stale, 0, None, "")
     return Stored(way, num_stale, dataset.version, rows, _digest(dataset, table))
+
+
+def _num_stale(store: Store, encode: EncodeConfig) -> int:
+    work, difference = plan(store, encode)
+    return int(work.num_rows) + len(difference.surplus_row_ids)
 
 
 def largest_budgets(cells: Sequence[Cell]) -> PoolTokens:

@@ -28,7 +28,7 @@ import ray
 
 from cluster.exact import search_exactly
 from cluster.index_store import find_manifest, num_bytes, write_manifest
-from cluster.searchers import Hit, SearchOptions, SegmentHolder
+from cluster.searchers import Hit, SearchOptions, SegmentHolder, merge, spread
 from cluster.session import Pool, check_schedule, cluster_resources
 from cluster.shards import clip_rows, cut
 from cluster.store import Store
@@ -155,7 +155,8 @@ class Work:
             self._stopped.set()
             raise
         finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+            # What is being made is finished, for it belongs to whoever holds the lease.
+            threads.shutdown(cancel_futures=True)
         return errors
 
     def _rate(self, cells: Sequence[Placed], progress: Progress) -> dict[str, str]:
@@ -167,8 +168,7 @@ class Work:
             )
 
         def finish(p: Placed, outcome: Json) -> None:
-            if self._stopped.is_set():
-                raise CancelledError
+            self._check()
             keep(path_of(self._folder, "quality", p.fingerprint), json.dumps(outcome))
             progress.advance(1)
 
@@ -196,6 +196,11 @@ class Work:
         cell = {"id": p.fingerprint[:12], "settings": p.cell.settings} | outcome
         keep(path_of(self._folder, "cells", p.fingerprint), json.dumps(cell, indent=1) + "\n")
 
+    def _check(self) -> None:
+        """Raise CancelledError once the sweep was interrupted."""
+        if self._stopped.is_set():
+            raise CancelledError
+
     def _options(self, p: Placed) -> SearchOptions:
         return search_options(p.cell.config.search, self._asked.depth)
 
@@ -207,7 +212,8 @@ class Work:
     def _holder(self, p: Placed) -> tuple[Any, ...]:
         """Return what a `SegmentHolder` of all of the cell's index takes."""
         manifest, search = self._manifest(p), p.cell.config.search
-        return self._tokens(p).store, manifest, manifest["segments"], search.codes_on_disk, search.device
+        [segments] = spread(manifest["segments"], 1)  # in the order of a fleet: of clips that tie the first is found
+        return self._tokens(p).store, manifest, segments, search.codes_on_disk, search.device
 
     def _tokens(self, p: Placed) -> _Tokens:
         def make() -> _Tokens:
@@ -227,6 +233,7 @@ class Work:
         def make() -> Json:
             if (known := find_manifest(self._work, p.index)) is not None:
                 return known
+            self._check()
             started, tokens, build = time.perf_counter(), self._tokens(p), p.cell.config.build_index
             table = tokens.rows, tokens.table, tokens.version
             made = build_from_nothing(tokens.store, build, *table, p.index, self._trained(p), progress=None)
@@ -347,15 +354,18 @@ def _quality(
 ) -> Json:
     """Return the measures of one ranking, the interval of the first, and its recall of the exact path."""
     step = asked.batch_queries
-    hits = [found for i in range(0, len(queries), step) for found in holder.search(queries[i : i + step], options)]
-    run = scores_of({query.query_id: found for query, found in zip(asked.queries, hits, strict=True)})
+    found = [
+        of_query for i in range(0, len(queries), step) for of_query in holder.search(queries[i : i + step], options)
+    ]
+    hits = merge([found], len(found), asked.depth)  # equals by video, as of a fleet
+    run = scores_of({query.query_id: of_query for query, of_query in zip(asked.queries, hits, strict=True)})
     values = leaderboard.values_of(asked.measures, "trec", asked.judgements, run, asked.depth)
     summary = leaderboard.summary(asked.measures, values, {"all": list(values)})
     measures = {name: summary["measures"]["all"][name] for name in asked.measures}
     return {
         "measures": measures,
         "intervals": summary["intervals"]["all"],
-        "recall_exact": None if exact is None else overlap(hits, exact, RECALL_DEPTH),
+        "recall_exact": None if exact is None else overlap(hits, exact, min(RECALL_DEPTH, asked.depth)),
     }
 
 
