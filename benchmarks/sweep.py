@@ -38,6 +38,7 @@ GRID = {
     "search.probes": [1, 2, 4, 8],
     "search.candidates": [256, 1024],
 }
+BASE = {"search.rescored": 0}
 SETTINGS = [
     "extract.modalities=[metadata]",
     "encode.encoder=lexical",
@@ -64,7 +65,7 @@ class Bench:
                 words = [*rng.sample(text.split(), 3), rng.choice(rng.choice(texts)[1].split())]
                 queries.write(json.dumps({"id": f"q{number}", "text": " ".join(words)}) + "\n")
                 qrels.write(f"q{number} 0 {video_id} 1\n")
-        (self.folder / "sweep.yaml").write_text(yaml.safe_dump({"grid": GRID}, sort_keys=False))
+        (self.folder / "sweep.yaml").write_text(yaml.safe_dump({"base": BASE, "grid": GRID}, sort_keys=False))
 
     def start(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a command."""
@@ -138,7 +139,7 @@ def main() -> None:
     alone = []
     drawn = [cell for cell in result["cells"] if not cell["settings"]["encode.pool_tokens.metadata"]]
     for cell in rng.sample(drawn, arguments.alone):
-        settings = [word for name, value in cell["settings"].items() for word in ("--set", f"{name}={value}")]
+        settings = [word for name, value in (BASE | cell["settings"]).items() for word in ("--set", f"{name}={value}")]
         build = bench.timed("build-index", "--full", *settings)
         whole = bench.timed("evaluate", *bench.questions, *settings)
         short = bench.timed("evaluate", *bench.questions, *settings, "--set", "evaluate.compare_exact=false")

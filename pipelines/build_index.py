@@ -172,6 +172,7 @@ def build_from_nothing(
     trained: Trained | None = None,
     timed: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     progress: str | None = "build-index",
+    calibrated: bool = True,
 ) -> dict[str, Any]:
     """Write an index of token embeddings and return its manifest, which is yet to be written: without it there is no index.
 
@@ -185,6 +186,8 @@ def build_from_nothing(
         Measures each step, by its name.
     progress
         Name under which progress is shown; None shows none.
+    calibrated
+        Measure its curve, which takes longer than all the rest. Without, it can be searched by explicit knobs only.
     """
     shards = cut(rows, config.segment_tokens)
     with timed("train codec"):
@@ -194,8 +197,10 @@ def build_from_nothing(
         codec_entry = write_codec(store, index_id, codec)
     with timed("encode segments"):
         entries = _write_segments(store, config, shards, table, version, index_id, codec_entry, progress)
-    with timed("calibrate"):
-        curve = _calibrate(store, config, shards, entries, table, version, codec_entry)
+    curve: dict[str, Any] = {"num_clips": 0, "points": []}
+    if calibrated:
+        with timed("calibrate"):
+            curve = calibrate_segments(store, config, shards, entries, table, version, codec_entry)
     total = sum(entry["num_tokens"] for entry in entries)
     return {
         "index_id": index_id,
@@ -542,7 +547,7 @@ def _write_segment(
     return write_segment(store, index_id, name, segment, clips, codec.num_centroids, error_of_codes)
 
 
-def _calibrate(
+def calibrate_segments(
     store: Store,
     config: BuildIndexConfig,
     shards: Sequence[Shard],

@@ -4,7 +4,8 @@ Cells share what they have in common: the encoder's token embeddings in the stor
 centroids, which do not depend on ``nbits``; an index, which all search settings share; one exact pass over each set of
 tokens, for all scorers and modalities; the encoded queries; and one ranking, of which all measures are. The store is only
 read, but for token embeddings that are missing or stale, which are encoded first as `maxreel encode` does. Budgets above
-what the store's tokens were pooled to cannot be swept.
+what the store's tokens were pooled to cannot be swept. Cells that name probes, candidates and rescored do not wait for the
+curve of their index, which takes longer than all else of it.
 
 What is finished lies below OUT by a fingerprint of all that it depends on, and is not made again: a sweep may be killed at
 any time. Cells that failed are tried again. On several machines ``work`` must be a place that all of them reach.

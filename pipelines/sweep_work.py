@@ -1,8 +1,8 @@
 """Does the cells of a sweep that are missing, with Ray; what is finished is a file by its fingerprint.
 
 ``work`` is a store of its own: it holds pooled tokens and indices, and its lease keeps two sweeps apart. Below OUT are
-``trained/`` (centroids), ``exact/`` (rankings), ``quality/`` (a cell that is yet to be timed) and ``cells/``. As many
-indices are in memory at a time as there are cores.
+``trained/`` (centroids), ``curves/`` (recall by plan), ``exact/`` (rankings), ``quality/`` (a cell that is yet to be timed)
+and ``cells/``. As many indices are in memory at a time as there are cores.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from operators.encoders import Floats, Query
 from operators.errors import without_credentials
 from operators.maxsim import Scorer
 from pipelines import leaderboard
-from pipelines.build_index import Trained, build_from_nothing, train
+from pipelines.build_index import Trained, build_from_nothing, calibrate_segments, train
+from pipelines.config import SearchConfig
 from pipelines.encode import ENCODERS
 from pipelines.evaluate import RECALL_DEPTH, overlap
 from pipelines.pooled_tokens import pool_table
@@ -212,6 +213,8 @@ class Work:
     def _holder(self, p: Placed) -> tuple[Any, ...]:
         """Return what a `SegmentHolder` of all of the cell's index takes."""
         manifest, search = self._manifest(p), p.cell.config.search
+        if _needs_curve(search):
+            manifest = manifest | {"curve": self._curve(p)}
         [segments] = spread(manifest["segments"], 1)  # in the order of a fleet: of clips that tie the first is found
         return self._tokens(p).store, manifest, segments, search.codes_on_disk, search.device
 
@@ -236,12 +239,29 @@ class Work:
             self._check()
             started, tokens, build = time.perf_counter(), self._tokens(p), p.cell.config.build_index
             table = tokens.rows, tokens.table, tokens.version
-            made = build_from_nothing(tokens.store, build, *table, p.index, self._trained(p), progress=None)
+            trained = self._trained(p)
+            made = build_from_nothing(tokens.store, build, *table, p.index, trained, progress=None, calibrated=False)
             write_manifest(self._work, p.index, made)
             log.info("sweep: made index %s in %.0f s", p.index[:12], time.perf_counter() - started)
             return made
 
         return self._once(f"index {p.index}", make)
+
+    def _curve(self, p: Placed) -> Json:
+        """Return what turns a recall into a plan; it is measured apart from the index, for many cells name their plan."""
+        path = path_of(self._folder, "curves", p.index)
+
+        def make() -> None:
+            if not path.exists():
+                self._check()
+                tokens, manifest, build = self._tokens(p), self._manifest(p), p.cell.config.build_index
+                shards, segments = cut(tokens.rows, build.segment_tokens), manifest["segments"]
+                table = tokens.table, tokens.version, manifest["codec"]
+                keep(path, json.dumps(calibrate_segments(tokens.store, build, shards, segments, *table)))
+
+        self._once(f"curve {p.index}", make)
+        curve: Json = read(path)
+        return curve
 
     def _trained(self, p: Placed) -> Trained:
         path = self._folder / "trained" / f"{p.trained}.npz"
@@ -301,8 +321,12 @@ def _by_holder(cells: Iterable[Placed]) -> list[list[Placed]]:
     groups: dict[tuple[Any, ...], list[Placed]] = defaultdict(list)
     for p in cells:
         search = p.cell.config.search
-        groups[p.index, search.codes_on_disk, search.device].append(p)
+        groups[p.index, search.codes_on_disk, search.device, _needs_curve(search)].append(p)
     return list(groups.values())
+
+
+def _needs_curve(search: SearchConfig) -> bool:
+    return None in (search.probes, search.candidates, search.rescored)
 
 
 def _receive(
