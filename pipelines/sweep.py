@@ -37,12 +37,12 @@ from cluster.store import Store
 from operators.errors import ConfigError, TooManyFailuresError
 from operators.measures import rises
 from operators.pareto import knee, pareto_set
-from pipelines.config import Config, override
+from pipelines.config import Config, EncodeConfig, override
 from pipelines.encode import encode
 from pipelines.job import new_run_id, open_job, open_store
 from pipelines.release import find_live
 from pipelines.sweep_config import SWEPT, expand, read_sweep
-from pipelines.sweep_plan import Asked, Placed, Stored, count, largest_budgets, look, place, read_asked
+from pipelines.sweep_plan import Asked, Placed, Stored, count, largest_budgets, look, place_all, read_asked
 from pipelines.sweep_work import Work, keep, path_of, read
 
 SCHEMA = "maxreel-sweep/1"
@@ -92,10 +92,11 @@ def sweep(
     folder = _given(out or wanted.out, "out")
     asked = read_asked(fixed, _given(queries or wanted.queries, "queries"), _given(qrels or wanted.qrels, "qrels"))
     store = open_store(config)
-    bases, most = {cell.config.encode.encoder: cell.config.encode for cell in cells}, largest_budgets(cells)
+    bases: dict[str, EncodeConfig] = {cell.config.encode.encoder: cell.config.encode for cell in cells}
+    most = largest_budgets(cells)
     pool_tokens = {"pool_tokens": fixed.encode.pool_tokens}
     stored = {name: look(store, base.model_copy(update=pool_tokens), most) for name, base in bases.items()}
-    placed = [place(cell, stored[cell.config.encode.encoder], asked) for cell in cells]
+    placed = place_all(cells, stored, asked)
     if dry_run:
         return _plan(placed, folder)
     work = Store.at(wanted.work or str(folder / "work"), config.storage.to_options())
@@ -106,7 +107,7 @@ def sweep(
         if any(of_encoder.num_stale for of_encoder in stored.values()):
             _start_ray(config, stack)
             stored = {name: _encoded(config, store, of_encoder) for name, of_encoder in stored.items()}
-            placed = [place(cell, stored[cell.config.encode.encoder], asked) for cell in cells]
+            placed = place_all(cells, stored, asked)
         missing = [p for p in placed if not _is_done(folder, p)]
         if missing:
             _start_ray(config, stack)

@@ -174,6 +174,23 @@ def _digest(dataset: Any, table: str) -> str:
     return digest.hexdigest()
 
 
+def place_all(cells: Sequence[Cell], stored: Mapping[str, Stored], asked: Asked) -> list[Placed]:
+    """Return cells with what they share; ``stored`` is by encoder.
+
+    Raises
+    ------
+    ConfigError
+        As `place`, or if two cells are the same but for settings that change nothing here.
+    """
+    placed: dict[str, Placed] = {}
+    for cell in cells:
+        p = place(cell, stored[cell.config.encode.encoder], asked)
+        other = placed.setdefault(p.fingerprint, p).cell.settings
+        if apart := [name for name, value in cell.settings.items() if other[name] != value]:
+            raise ConfigError(f"{', '.join(apart)}: makes no difference to a sweep; take it out of the grid")
+    return list(placed.values())
+
+
 def place(cell: Cell, stored: Stored, asked: Asked) -> Placed:
     """Return a cell with what it shares.
 

@@ -31,7 +31,7 @@ from pipelines.job import open_job
 from pipelines.release import open_release
 from pipelines.sweep import sweep
 from pipelines.sweep_config import SweepConfig, expand
-from pipelines.sweep_plan import Asked, Stored, count, place
+from pipelines.sweep_plan import Asked, Stored, count, place, place_all
 from pipelines.sweep_work import keep
 
 TOKENS = token_table("lexical")
@@ -141,9 +141,15 @@ ASKED = Asked([], {}, ("nDCG@10",), 10, 10, "fingerprint")
 
 
 def counts_of(grid, stored=None):
-    placed = [place(cell, stored or stored_tokens(), ASKED) for cell in cells_of(grid=grid)]
-    assert len({p.fingerprint for p in placed}) == len(placed)
-    return count(placed)
+    return count(place_all(cells_of(grid=grid), {"lexical": stored or stored_tokens()}, ASKED))
+
+
+@pytest.mark.parametrize(
+    "name", ["search.actors", "encode.resources.batch_clips", "build_index.retrain_drift", "encode.offline.top_k"]
+)
+def test_settings_that_change_nothing_are_not_swept(name):
+    with pytest.raises(ConfigError, match=f"{name}: makes no difference"):
+        counts_of({"search.probes": [1, 3], name: [1, 2]})
 
 
 def test_cells_share_all_that_their_settings_do_not_touch():
@@ -275,18 +281,6 @@ def test_cells_are_what_runs_of_their_own_give(swept, library):
     assert len({json.dumps(cell["measures"]) for cell in swept.result["cells"]}) >= 6, "settings make a difference"
 
 
-def test_cells_that_ask_for_a_recall_get_the_curve_of_their_index(swept, library):
-    folder = swept.folder / "out" / "curves"
-    assert not folder.exists(), "cells that name their plan do not wait for one"
-    grid = {"encode.pool_tokens.metadata": [0], "build_index.nbits": [4], "search.rescored": [None]}
-    result = swept.sweep(grid=grid)
-    [cell], [curve] = result["cells"], folder.iterdir()
-    alone = library.one(cell["settings"])
-    assert json.loads(curve.read_text()) == open_release(library.store).manifest["curve"]
-    assert cell["measures"].items() <= alone["measures"]["all"].items()
-    assert cell["recall_exact"] == alone["overlap@10 with exact"]
-
-
 def test_pooled_tokens_are_fewer_and_belong_to_the_sweep(swept):
     tokens = {c["settings"]["encode.pool_tokens.metadata"]: c["tokens_per_video"] for c in swept.result["cells"]}
     assert tokens == {0: 12, 6: 6}
@@ -324,6 +318,18 @@ def test_a_sweep_that_is_done_does_nothing_and_a_larger_one_only_what_is_new(swe
     assert len(larger["cells"]) == 12
     assert before.items() <= swept.finished().items()
     assert {path.name: path.stat().st_mtime_ns for path in index.iterdir()} == built
+
+
+def test_cells_that_ask_for_a_recall_get_the_curve_of_their_index(swept, library):
+    folder = swept.folder / "out" / "curves"
+    assert not folder.exists(), "cells that name their plan do not wait for one"
+    grid = {"encode.pool_tokens.metadata": [0], "build_index.nbits": [4], "search.rescored": [None]}
+    result = swept.sweep(grid=grid)
+    [cell], [curve] = result["cells"], folder.iterdir()
+    alone = library.one(cell["settings"])
+    assert json.loads(curve.read_text()) == open_release(library.store).manifest["curve"]
+    assert cell["measures"].items() <= alone["measures"]["all"].items()
+    assert cell["recall_exact"] == alone["overlap@10 with exact"]
 
 
 def test_a_sweep_killed_at_any_time_goes_on(swept, library):
