@@ -12,14 +12,16 @@ from pipelines.job import open_job
 from pipelines.release import open_release
 from tests.media_files import make_video
 
-TOKENS = token_table("multivector")
-
 
 class Corpus:
-    """Five videos and a broken one, a store, and the commands."""
+    """Five videos and a broken one, a store, and the commands. Without a model its words are encoded, which is fast."""
 
-    def __init__(self, folder, model):
-        self.folder, self.model = folder, model
+    def __init__(self, folder, model=None):
+        self.folder = folder
+        self.tokens = token_table("multivector" if model else "lexical")
+        self.encoder = ["encode.encoder=lexical"]
+        if model:
+            self.encoder = ["encode.encoder=multivector", f"encode.multivector.model={model}/late"]
         self.rows = [
             {"video_id": f"v{i}", "uri": f"v{i}.mp4", "title": title, "tags": [["even"], ["odd"]][i % 2]}
             for i, title in enumerate(["red cat", "blue dog", "green moon", "red moon", "blue cat"])
@@ -41,8 +43,7 @@ class Corpus:
             [
                 "extract.modalities=[frame,metadata]",
                 "extract.frames.frames_per_clip=2",
-                "encode.encoder=multivector",
-                f"encode.multivector.model={self.model}/late",
+                *self.encoder,
                 "max_failure_rate=0.5",
                 "retries.wait_seconds=0",
                 *assignments,
@@ -64,7 +65,7 @@ class Corpus:
         return job, open_release(self.store, job.summary.release["release_id"]).manifest
 
     def versions(self):
-        return {name: self.store.open(name).version for name in (VIDEOS, MODALITIES, TOKENS)}
+        return {name: self.store.open(name).version for name in (VIDEOS, MODALITIES, self.tokens)}
 
     def table(self, name, *columns):
         return self.store.open(name).to_table(columns=list(columns) or None).to_pylist()

@@ -13,7 +13,7 @@ from operators.errors import ConfigError, ItemError, SourceError
 from operators.remote import Environment
 from pipelines import config, manifest
 from pipelines.manifest_files import MAX_LINE_BYTES
-from pipelines.search import _any_of
+from pipelines.search import any_of
 
 GOOD = b'{"video_id": "good"}\n'
 
@@ -242,8 +242,8 @@ def test_ids_of_any_characters_are_found_by_the_filters_of_search(tmp_path):
     assert [entry.video_id for entry in read(path) if entry.error is None] == list(LEGAL_IDS)
     table = lance.write_dataset(pa.table({"video_id": manifest.check(str(path)).ids}), str(tmp_path / "t.lance"))
     for video_id in LEGAL_IDS:
-        assert table.to_table(filter=_any_of([video_id]))["video_id"].to_pylist() == [video_id]
-    assert table.count_rows(_any_of(LEGAL_IDS)) == len(LEGAL_IDS)
+        assert table.to_table(filter=any_of([video_id]))["video_id"].to_pylist() == [video_id]
+    assert table.count_rows(any_of(LEGAL_IDS)) == len(LEGAL_IDS)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pipelines import evaluate as evaluation
 from pipelines.evaluation_folder import save
 from pipelines.release import open_release
 from pipelines.search import Wanted, search
-from tests.corpus import TOKENS, Corpus
+from tests.corpus import Corpus
 from tests.media_files import make_video
 
 
@@ -33,8 +33,8 @@ def indexed(tmp_path_factory, tiny_model, cluster):
 
 
 @pytest.fixture
-def fresh(tmp_path, tiny_model, cluster):
-    return Corpus(tmp_path, tiny_model)
+def fresh(tmp_path, cluster):
+    return Corpus(tmp_path)
 
 
 def test_every_video_has_a_row_for_each_modality_that_did_not_fail(indexed):
@@ -63,7 +63,7 @@ def test_ingest_learns_what_the_file_declares(indexed):
 
 
 def test_token_embeddings_have_unit_length_and_a_span_each(indexed):
-    rows = [row for row in indexed.table(TOKENS) if row["modality"] == "metadata"]
+    rows = [row for row in indexed.table(indexed.tokens) if row["modality"] == "metadata"]
     assert len(rows) == 6
     for row in rows:
         embeddings = np.array(row["embeddings"], np.float32)
@@ -111,7 +111,7 @@ def test_a_second_run_does_no_work(fresh):
 
 
 def fresh_tokens(corpus, video_id, modality):
-    rows = corpus.table(TOKENS, "video_id", "modality", "num_tokens")
+    rows = corpus.table(corpus.tokens, "video_id", "modality", "num_tokens")
     return sum(row["num_tokens"] for row in rows if (row["video_id"], row["modality"]) == (video_id, modality))
 
 
@@ -315,11 +315,11 @@ def test_a_codec_trained_by_several_actors_is_that_of_one(indexed, monkeypatch):
 def test_a_damaged_embedding_is_refused_and_its_video_named(fresh):
     fresh.rows = fresh.rows[:2]
     fresh.index()
-    dataset = fresh.store.open(TOKENS)
+    dataset = fresh.store.open(fresh.tokens)
     rows = dataset.to_table()
     embeddings = rows["embeddings"].to_pylist()
     at = next(i for i, tokens in enumerate(embeddings) if tokens)
-    embeddings[at][0] = [float("nan")] * 128
+    embeddings[at][0] = [float("nan")] * len(embeddings[at][0])
     column = pa.array(embeddings, rows["embeddings"].type)
     damaged = rows.set_column(rows.schema.get_field_index("embeddings"), "embeddings", column)
     lance.write_dataset(damaged, dataset.uri, mode="overwrite", data_storage_version=STORAGE_VERSION)
@@ -334,7 +334,7 @@ def test_an_index_of_another_encoder_is_refused(indexed):
         changed.load_encoder(1)
 
 
-def test_a_bare_backbone_is_refused_before_it_gives_random_scores(fresh):
+def test_a_bare_backbone_is_refused_before_it_gives_random_scores(fresh, tiny_model):
     fresh.rows = fresh.rows[:1]
     with pytest.raises(ModelError, match="projection would be random"):
-        fresh.index(f"encode.multivector.model={fresh.model}/backbone")
+        fresh.index("encode.encoder=multivector", f"encode.multivector.model={tiny_model}/backbone")

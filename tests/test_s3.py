@@ -77,9 +77,7 @@ def environment(s3):
     return Environment(found)
 
 
-def test_the_whole_chain_runs_in_buckets_and_shows_no_credential(
-    configure, bucket, s3, tiny_model, cluster, tmp_path, caplog
-):
+def test_the_whole_chain_runs_in_buckets_and_shows_no_credential(configure, bucket, s3, cluster, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     names = ["plain.mp4", "with space.mp4", "100%25 & #1?.mp4"]
     for level, name in enumerate(names):
@@ -98,9 +96,8 @@ def test_the_whole_chain_runs_in_buckets_and_shows_no_credential(
         "extract.modalities=[frame,metadata]",
         "extract.frames.frames_per_clip=2",
         "extract.resources.decode=1",
-        "encode.encoder=multivector",
+        "encode.encoder=lexical",
         "encode.resources.actors=1",
-        f"encode.multivector.model={tiny_model}/late",
         "build_index.nbits=8",
         "max_failure_rate=1.0",
         "manifest=s3://videos/corpus/manifest.jsonl",
@@ -134,7 +131,7 @@ def test_the_whole_chain_runs_in_buckets_and_shows_no_credential(
     store = Store.at(config.store, s3.options)
     keys = [(row["video_id"], row["modality"]) for row in store.open(MODALITIES).to_table().to_pylist()]
     assert sorted(keys) == [(f"v{i}", modality) for i in range(3) for modality in ("frame", "metadata")]
-    assert store.open(token_table("multivector")).count_rows() == 6
+    assert store.open(token_table("lexical")).count_rows() == 6
     failed = {row["video_id"]: row["message"] for row in store.open(FAILURES).to_table().to_pylist()}
     assert failed.keys() == {"gone", "line 5", "forbidden"}
     assert "there is no file at s3://videos/corpus/gone.mp4" in failed["gone"]
