@@ -332,23 +332,6 @@ def search(
 
 
 @_command()
-def diff(
-    a: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
-    b: Annotated[Path, typer.Argument(help="Folder of another, over the same queries.")],
-    query: Annotated[str | None, typer.Option("--query", help="Only this query: both rankings, and why.")] = None,
-) -> Command:
-    """Show which queries are better and worse in one evaluation than in another."""
-    from pipelines import render_evaluation
-
-    def work(_: Config) -> Any:
-        from pipelines.compare import diff
-
-        return diff(a, b, query)
-
-    return work, render_evaluation.comparison
-
-
-@_command()
 def evaluate(
     qrels: Annotated[Path, typer.Option("--qrels", help="Relevance judgements: TREC, BEIR, JSON lines or Parquet.")],
     queries: Annotated[
@@ -384,6 +367,44 @@ def evaluate(
         return found.document
 
     return work, render_evaluation.leaderboard
+
+
+@_command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
+    b: Annotated[Path, typer.Argument(help="Folder of another, over the same queries.")],
+    query: Annotated[str | None, typer.Option("--query", help="Only this query: both rankings, and why.")] = None,
+) -> Command:
+    """Show which queries are better and worse in one evaluation than in another."""
+    from pipelines import render_evaluation
+
+    def work(_: Config) -> Any:
+        from pipelines.compare import diff
+
+        return diff(a, b, query)
+
+    return work, render_evaluation.comparison
+
+
+@_command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The settings to try: base, grid, exclude.")],
+    queries: Annotated[Path | None, typer.Option("--queries", help="As `evaluate` takes them.")] = None,
+    qrels: Annotated[Path | None, typer.Option("--qrels", help="Relevance judgements in TREC form.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for sweep.json, best.yaml and all finished.")
+    ] = None,
+    dry_run: DryRunOption = False,
+) -> Command:
+    """Measure many settings, each thing made once; goes on where it was killed, and ends with the best trade-offs."""
+    from pipelines import render_sweep
+
+    def work(loaded: Config) -> Any:
+        from pipelines.sweep import sweep
+
+        return sweep(loaded, file, queries, qrels, out, dry_run)
+
+    return work, render_sweep.plan if dry_run else render_sweep.sweep
 
 
 @_command()
@@ -600,24 +621,3 @@ def dataset(
         return make_dataset(name, folder, out, videos, split)
 
     _run(work, render.dataset, None, None, None, as_json, verbose, quiet)
-
-
-@_command()
-def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The settings to try: base, grid, exclude.")],
-    queries: Annotated[Path | None, typer.Option("--queries", help="As `evaluate` takes them.")] = None,
-    qrels: Annotated[Path | None, typer.Option("--qrels", help="Relevance judgements in TREC form.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for sweep.json, best.yaml and all finished.")
-    ] = None,
-    dry_run: DryRunOption = False,
-) -> Command:
-    """Measure many settings, each thing made once; goes on where it was killed, and ends with the best trade-offs."""
-    from pipelines import render_sweep
-
-    def work(loaded: Config) -> Any:
-        from pipelines.sweep import sweep
-
-        return sweep(loaded, file, queries, qrels, out, dry_run)
-
-    return work, render_sweep.plan if dry_run else render_sweep.sweep
