@@ -193,8 +193,8 @@ def _mark(cells: Sequence[Json], measure: str) -> int | None:
         [
             (
                 sign * cells[i]["measures"][measure],
-                -np.log(max(cells[i]["p50_seconds"], 1e-9)),
-                -np.log(cells[i]["bytes_per_video"]),
+                -np.log2(max(cells[i]["p50_seconds"], 1e-9)),
+                -np.log2(cells[i]["bytes_per_video"]),
             )
             for i in whole
         ]

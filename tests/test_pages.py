@@ -580,9 +580,9 @@ def test_failed_settings_are_listed_with_their_error(swept):
 def test_what_was_reused_and_what_did_not_vary_is_told(swept):
     facts = swept.one("dl", "facts").text
     for fact in (
-        "Encodings made 1",
-        "Indices built 2",
-        "Settings from the cache 3",
+        "Encodings 1",
+        "Indices 2",
+        "From the cache 3",
         "device cpu in all",
         "Time 31 min",
     ):

@@ -55,15 +55,18 @@ def test_the_pareto_set_is_what_nothing_dominates(points, best):
 @pytest.mark.parametrize(
     ("points", "chosen"),
     [
-        ([(5, 5)], 0),
-        ([(0, 10), (9, 9), (10, 0)], 1),
-        ([(0, 10), (4, 4), (10, 0)], 0),  # the middle lies behind the line between the ends, which are equals
-        ([(0, 10, 7), (8, 9, 7), (10, 0, 7)], 1),  # all are equal in the third
-        ([(0, 1000), (9, 900), (10, 0)], 1),  # units do not count
+        ([(0.5, 3)], 0),
+        ([(0.80, 4), (0.79, 2)], 1),  # a doubling for 1.25 % is too dear
+        ([(0.80, 4), (0.78, 2)], 0),  # for 2.5 % it is not
+        ([(0.80, 4), (0.78, 1)], 1),  # two are
+        ([(0.80, 400), (0.78, 200)], 0),  # units do not count
+        ([(0.80, 5), (0.40, 3)], 0),  # nor does the range that costs happen to have
+        ([(-10, 4), (-11, 2)], 0),  # ranks: less is better
     ],
 )
-def test_the_knee_gives_up_least_of_everything(points, chosen):
-    assert knee(np.array(points, float), [f"point {i}" for i in range(len(points))]) == chosen
+def test_the_knee_is_where_a_doubling_buys_too_little(points, chosen):
+    goodness = np.array([(quality, -np.log2(cost)) for quality, cost in points])
+    assert knee(goodness, [f"point {i}" for i in range(len(points))]) == chosen
 
 
 def test_of_equal_knees_the_first_by_name_is_taken():
