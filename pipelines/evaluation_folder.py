@@ -14,12 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from operators.errors import ConfigError, without_credentials
+from operators.errors import ConfigError
 from pipelines.config import Config
 from pipelines.details import save_details
 from pipelines.evaluate import SCHEMA, Evaluation
 from pipelines.formats import write_formats
 from pipelines.leaderboard import Values
+from pipelines.report import clean
 from pipelines.runs import Run, read_run, write_run
 
 
@@ -44,7 +45,7 @@ def save(evaluation: Evaluation, folder: Path, config: Config) -> None:
     pyarrow.parquet.write_table(pa.concat_tables(named), folder / "systems.parquet")
     if evaluation.hits:
         save_details(evaluation, folder, config)
-    write_formats(folder, evaluation.document, json.loads(without_credentials(config.model_dump_json())))
+    write_formats(folder, evaluation.document, clean(config.model_dump(mode="json")))
     (folder / "metrics.json").write_text(json.dumps(evaluation.document, indent=1) + "\n", encoding="utf-8")
 
 

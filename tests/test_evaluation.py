@@ -203,6 +203,14 @@ def test_the_folder_repeats_every_figure_with_a_public_tool(folder):
     assert measured[ir_measures.nDCG @ 10] == pytest.approx(again)
 
 
+def test_the_folder_shows_no_credential(judged, tmp_path):
+    secret = "manifest=https://user:hunter2@host/m.jsonl?sig=hunter2"
+    found = judged.evaluate("evaluate.compare_exact=false", "evaluate.details=0", path="index")
+    save(found, tmp_path, judged.config(secret, "evaluate.details=0"))
+    assert "hunter2" not in (tmp_path / "params.yaml").read_text()
+    assert "https://" in (tmp_path / "params.yaml").read_text()
+
+
 def test_answers_are_looked_for_in_the_text_of_the_videos_found(folder):
     document = read_document(folder)
     assert document["measures"]["all"]["PRRecall@1"] == document["measures"]["all"]["R@1"] > 0.5
