@@ -22,6 +22,7 @@ demo: install
 	$(BIN)/maxreel build-index --store $(DEMO)/store
 	$(BIN)/maxreel evaluate --store $(DEMO)/store \
 		--queries $(DEMO)/corpus/queries.jsonl --qrels $(DEMO)/corpus/qrels.txt --out $(DEMO)/evaluation
+	$(BIN)/maxreel report $(DEMO)/evaluation
 	$(BIN)/maxreel search "sounds of marine mammals" -k 1 --explain -q --store $(DEMO)/store
 	$(BIN)/maxreel search "shoes at half price" -k 1 --explain -q --store $(DEMO)/store
 	$(BIN)/maxreel search "a cat" -k 1 --explain -q --store $(DEMO)/store

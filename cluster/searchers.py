@@ -362,4 +362,5 @@ def spread(entries: Sequence[Mapping[str, Any]], num_actors: int) -> list[list[M
         lightest = loads.index(min(loads))
         shares[lightest].append(entry)
         loads[lightest] += entry["num_tokens"]
-    return shares
+    # Of equal clips the first is found first: that must not depend on sizes.
+    return [sorted(share, key=lambda entry: str(entry["path"])) for share in shares]

@@ -127,8 +127,9 @@ def evaluate(
     document |= {"path": path, "release_id": release.release_id, "index_id": release.index_id}
     document["cost"] = _size(store, release, rows) | found.cost
     if path == "index" and found.pools:
-        oracle = [pool.best(0, RECALL_DEPTH) for pool in found.pools]
-        document[f"overlap@{RECALL_DEPTH} with exact"] = overlap(found.hits, oracle, RECALL_DEPTH)
+        first = min(RECALL_DEPTH, depth)  # beyond its depth a pool holds what other scorers found
+        oracle = [pool.best(0, first) for pool in found.pools]
+        document[f"overlap@{first} with exact"] = overlap(found.hits, oracle, first)
     meant = [(query.target_modality, won.counts) for query, of in zip(asked, found.wins, strict=False) for won in of]
     if selected := selection(meant, MODALITIES):
         document["modality_selection"] = selected

@@ -175,6 +175,12 @@ def test_the_modality_that_a_query_is_made_of_is_the_one_that_finds_it(judged):
     assert against["difference"] < 0 and against["losses"] >= 2 and against["p_holm"] >= against["p"]
 
 
+def test_the_overlap_is_of_no_more_than_was_asked_for(judged):
+    document = judged.evaluate("evaluate.depth=3", path="index").document
+    assert document["overlap@3 with exact"] > 0.9
+    assert "overlap@10 with exact" not in document
+
+
 def test_a_system_beside_itself_does_not_differ(judged, folder):
     same = judged.evaluate(path="index", against=str(folder / "run.trec")).document["systems"]["against"]["against"]
     assert same["nDCG@10"] == {
