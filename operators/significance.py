@@ -41,7 +41,7 @@ class Difference:
     p
         Of the two-sided sign-flip test.
     wins, ties, losses
-        Queries on which ours is above, equal and below.
+        Queries on which ours is better, equal and worse.
     """
 
     difference: float
@@ -53,18 +53,19 @@ class Difference:
     losses: int
 
 
-def compare(ours: Floats, theirs: Floats, seed: int = 0) -> Difference:
-    """Return how ours, (Q,), compares with theirs, (Q,), query by query."""
+def compare(ours: Floats, theirs: Floats, seed: int = 0, rises: bool = True) -> Difference:
+    """Return how ours, (Q,), compares with theirs, (Q,), query by query; where less is better, ``rises`` is false."""
     differences = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     low, high = bootstrap(differences, seed=seed)
+    better = differences if rises else -differences
     return Difference(
         float(differences.mean()) if len(differences) else 0.0,
         low,
         high,
         sign_flip(differences, seed=seed),
-        int((differences > 0).sum()),
-        int((differences == 0).sum()),
-        int((differences < 0).sum()),
+        int((better > 0).sum()),
+        int((better == 0).sum()),
+        int((better < 0).sum()),
     )
 
 

@@ -31,7 +31,7 @@ def diff(a: Path, b: Path, query_id: str | None = None) -> dict[str, Any]:
     """
     was, now = load(a), load(b)
     names = [name for name in was.document["measures"]["all"] if name in now.document["measures"]["all"]]
-    names.remove("queries")
+    names = [name for name in names if name not in ("queries", "MdR")]  # a median has no mean difference
     shared = [unit for unit in was.values if unit in now.values]
     if not shared or not names:
         raise ConfigError(
@@ -67,9 +67,7 @@ def diff(a: Path, b: Path, query_id: str | None = None) -> dict[str, Any]:
 def _measure(was: Saved, now: Saved, shared: list[str], name: str) -> dict[str, Any]:
     units = [unit for unit in shared if name in was.values[unit] and name in now.values[unit]]
     before, after = (np.array([saved.values[unit][name] for unit in units]) for saved in (was, now))
-    found = asdict(compare(after, before))
-    if not rises(name):
-        found["wins"], found["losses"] = found["losses"], found["wins"]
+    found = asdict(compare(after, before, rises=rises(name)))
     return {"a": float(before.mean()), "b": float(after.mean())} | found
 
 

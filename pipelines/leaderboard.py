@@ -14,7 +14,7 @@ import numpy as np
 
 from operators import diagonal
 from operators.errors import ConfigError
-from operators.measures import Judgements, answer_depth, check_measures, mean, per_query
+from operators.measures import Judgements, answer_depth, check_measures, mean, per_query, rises
 from operators.significance import bootstrap, compare, holm
 from pipelines.datasets import JudgedQuery
 from pipelines.runs import Run
@@ -30,6 +30,8 @@ Json = dict[str, Any]
 def check(names: Sequence[str], protocol: Protocol, queries: Sequence[JudgedQuery], judgements: Judgements) -> None:
     """Raise ConfigError unless the measures are known and at least one query is judged."""
     check_measures(names)
+    if not rises(names[0]):
+        raise ConfigError(f"evaluate.measures: more must be better in the first; {names[0]} falls. Put it later")
     if protocol == "clamr_diagonal":
         diagonal.check_measures(names)
     if not any(query.query_id in judgements for query in queries):
@@ -84,7 +86,8 @@ def differences(names: Sequence[str], values: Mapping[str, Values]) -> dict[str,
             continue
         units = [unit for unit in values[primary] if all(measure in values[name][unit] for name in values)]
         theirs = np.array([values[primary][unit][measure] for unit in units])
-        compared = {name: compare(np.array([values[name][unit][measure] for unit in units]), theirs) for name in others}
+        ours = {name: np.array([values[name][unit][measure] for unit in units]) for name in others}
+        compared = {name: compare(ours[name], theirs, rises=rises(measure)) for name in others}
         for name, p_holm in zip(others, holm([difference.p for difference in compared.values()]), strict=True):
-            found[name][measure] = asdict(compared[name]) | {"p_holm": p_holm}
+            found[name][measure] = asdict(compared[name]) | {"p_holm": p_holm, "rises": rises(measure)}
     return found

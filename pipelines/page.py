@@ -91,7 +91,7 @@ def verdict(against: dict[str, Any]) -> str:
     """Return what a paired comparison shows, in a word."""
     if against["p_holm"] is None or against["p_holm"] >= SIGNIFICANT:
         return "unclear"
-    return "better" if against["difference"] > 0 else "worse"
+    return "better" if (against["difference"] > 0) == against.get("rises", True) else "worse"
 
 
 def short_time(value: float | None) -> str:

@@ -29,9 +29,10 @@ from pipelines.evaluation_folder import read_document, save
 from pipelines.extract import extract
 from pipelines.ingest import ingest
 from pipelines.job import open_job
+from pipelines.page import verdict
 from pipelines.release import open_release
 from pipelines.runs import read_run
-from pipelines.search import Wanted
+from pipelines.search import Wanted, _patch
 from pipelines.why_not import why_not
 
 WORDS = [f"word{i}" for i in range(120)]
@@ -181,10 +182,28 @@ def test_the_overlap_is_of_no_more_than_was_asked_for(judged):
     assert "overlap@10 with exact" not in document
 
 
+def test_of_ranks_less_is_better(judged):
+    found = judged.evaluate("evaluate.measures=[RR,MnR]")
+    against = found.document["systems"]["only:screen_text"]["against"]["MnR"]
+    ours, theirs = found.values["only:screen_text"], found.values["exact"]
+    assert against["losses"] == sum(ours[query]["MnR"] > theirs[query]["MnR"] for query in ours) > against["wins"]
+    assert against["difference"] > 0 and not against["rises"]
+    assert verdict(against | {"p_holm": 0.01}) == "worse"
+    with pytest.raises(ConfigError, match="MnR falls. Put it later"):
+        judged.evaluate("evaluate.measures=[MnR,RR]")
+
+
+def test_a_patch_is_where_its_place_in_the_grid_says():
+    assert _patch([2, 2, 4], 0) == (0, 0, 0.25, 0.5)
+    assert _patch([2, 2, 4], 8 + 6) == (0.5, 0.5, 0.75, 1), "of the second frame"
+    assert _patch(None, 3) is None
+
+
 def test_a_system_beside_itself_does_not_differ(judged, folder):
     same = judged.evaluate(path="index", against=str(folder / "run.trec")).document["systems"]["against"]["against"]
     assert same["nDCG@10"] == {
-        "difference": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1, "wins": 0, "ties": 9, "losses": 0
+        "difference": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1, "wins": 0, "ties": 9, "losses": 0,
+        "rises": True,
     }  # fmt: skip
     live = open_release(judged.store).release_id
     of_release = judged.evaluate("evaluate.compare_exact=false", path="index", against=str(live)).document["systems"]
