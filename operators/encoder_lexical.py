@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from operators.encoders import Content, Floats, Query, TokenEmbeddings, join_spans, span_of
+from operators.encoders import Content, Floats, Query, TokenEmbeddings, check_query, join_spans, span_of
 from operators.errors import ConfigError
 from operators.fingerprint import fingerprint
 
@@ -32,7 +32,6 @@ class LexicalEncoder:
     """
 
     VERSION = "1"
-    joint = False
 
     def __init__(self, dim: int = 64, **_: Any) -> None:
         self.dim = dim
@@ -41,6 +40,11 @@ class LexicalEncoder:
     def fingerprint_of(cls, dim: int = 64, **_: Any) -> str:
         """Return what the output depends on."""
         return fingerprint("lexical", cls.VERSION, dim)
+
+    @classmethod
+    def joint_of(cls, **_: Any) -> bool:
+        """Return False: one modality at a time."""
+        return False
 
     @classmethod
     def dim_of(cls, dim: int = 64, **_: Any) -> int:
@@ -68,9 +72,10 @@ class LexicalEncoder:
         Raises
         ------
         ConfigError
-            If a query has no words.
+            If a query has no words, or an image.
         """
         for query in queries:
+            check_query(query, "lexical")
             if not self.query_tokens(query):
                 raise ConfigError(f"the query {query.text!r} has no words; the lexical encoder matches words only")
         return [self._vectors(self.query_tokens(query)) for query in queries]

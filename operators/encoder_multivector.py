@@ -6,7 +6,6 @@ the frame modality has no tokens. Prompt and special tokens that the model score
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
@@ -16,8 +15,18 @@ from typing import Any
 import numpy as np
 
 from operators import weights
-from operators.encoders import Content, Floats, Query, TokenEmbeddings, join_spans, span_of, token_batches
-from operators.errors import ConfigError, ModelError
+from operators.encoders import (
+    Content,
+    Floats,
+    Query,
+    TokenEmbeddings,
+    check_query,
+    join_spans,
+    open_picture,
+    span_of,
+    token_batches,
+)
+from operators.errors import ModelError
 from operators.fingerprint import fingerprint
 
 
@@ -38,7 +47,6 @@ class MultiVectorModel:
     """
 
     VERSION = "1"
-    joint = False
 
     def __init__(self, model: str, batch_tokens: int = 8192, device: str = "cpu", num_threads: int = 1) -> None:
         import torch
@@ -56,6 +64,11 @@ class MultiVectorModel:
     def fingerprint_of(cls, model: str, **_: Any) -> str:
         """Return what the output depends on, without loading the model."""
         return fingerprint("multivector", cls.VERSION, weights.fingerprint(model))
+
+    @classmethod
+    def joint_of(cls, **_: Any) -> bool:
+        """Return False: one modality at a time."""
+        return False
 
     @classmethod
     def dim_of(cls, **parameters: Any) -> int:
@@ -92,13 +105,8 @@ class MultiVectorModel:
         return tokens
 
     def _query(self, query: Query) -> Any:
-        if query.image is None:
-            return query.text or ""
-        if query.text or not self._takes_images:
-            raise ConfigError(
-                "this model takes a query of text" + (" or of one image" if self._takes_images else " only")
-            )
-        return _picture(query.image)
+        check_query(query, "multivector", image=self._takes_images)
+        return open_picture(query.image) if query.image else query.text
 
     def _encode_texts(self, clip: Mapping[str, Content]) -> list[TokenEmbeddings]:
         joined = [join_spans(content.spans) for content in clip.values()]
@@ -130,7 +138,7 @@ class MultiVectorModel:
     def _encode_frames(self, content: Content) -> TokenEmbeddings:
         if not self._takes_images:
             return TokenEmbeddings(np.zeros((0, self.dim), np.float32), np.zeros(0, np.int32))
-        pictures = [_picture(frame["jpeg"]) for frame in content.frames]
+        pictures = [open_picture(frame["jpeg"]) for frame in content.frames]
         outputs = self._model.encode_document(pictures, batch_size=4, output_value=None, show_progress_bar=False)
         embeddings = [self._normalised(output) for output in outputs]
         return TokenEmbeddings(
@@ -144,12 +152,6 @@ class MultiVectorModel:
         embeddings = output["token_embeddings"][output["attention_mask"].bool()].float()
         normalised: Floats = torch.nn.functional.normalize(embeddings, dim=-1).cpu().numpy()
         return normalised
-
-
-def _picture(encoded: bytes) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(encoded)).convert("RGB")
 
 
 def _require_projection(model: str, path: Path) -> None:

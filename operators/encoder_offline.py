@@ -15,8 +15,18 @@ from typing import Any
 import numpy as np
 
 from operators import weights
-from operators.encoders import Content, Floats, Query, TokenEmbeddings, join_spans, span_of, token_batches
-from operators.errors import ConfigError, ModelError
+from operators.checkpoints import load_whole
+from operators.encoders import (
+    Content,
+    Floats,
+    Query,
+    TokenEmbeddings,
+    check_query,
+    join_spans,
+    span_of,
+    token_batches,
+)
+from operators.errors import ConfigError
 from operators.fingerprint import fingerprint
 from operators.frame_tags import FrameTags
 
@@ -39,7 +49,6 @@ class OfflineEncoder:
     """
 
     VERSION = "1"
-    joint = False
 
     def __init__(
         self,
@@ -56,15 +65,8 @@ class OfflineEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         torch.set_num_threads(num_threads)
-        path = weights.resolve(text_model)
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
-        self._model, loading = AutoModel.from_pretrained(path, output_loading_info=True, add_pooling_layer=False)
-        if loading["missing_keys"]:
-            raise ModelError(
-                f"{text_model} lacks {len(loading['missing_keys'])} weights of its architecture, for example "
-                f"{sorted(loading['missing_keys'])[0]}; they would be random. Give a complete model."
-            )
-        self._model.eval().to(device)
+        self._tokenizer = AutoTokenizer.from_pretrained(weights.resolve(text_model))
+        self._model = load_whole(AutoModel, text_model, unexpected=[r"pooler\..*"], add_pooling_layer=False).to(device)
         self._tags = FrameTags(tags_model, top_k=top_k, min_probability=min_probability, num_threads=num_threads)
         self._max_tokens, self._batch_tokens = max_tokens, batch_tokens
         self.dim = int(self._model.config.hidden_size)
@@ -76,6 +78,11 @@ class OfflineEncoder:
         """Return what the output depends on, without loading the models."""
         models = weights.fingerprint(text_model), weights.fingerprint(tags_model)
         return fingerprint("offline", cls.VERSION, FrameTags.VERSION, models, top_k, min_probability, max_tokens)
+
+    @classmethod
+    def joint_of(cls, **_: Any) -> bool:
+        """Return False: one modality at a time."""
+        return False
 
     @classmethod
     def dim_of(cls, text_model: str, **_: Any) -> int:
@@ -95,23 +102,31 @@ class OfflineEncoder:
         return [{modality: next(results) for modality in clip} for clip in clips]
 
     def encode_queries(self, queries: Sequence[Query]) -> list[Floats]:
-        """Return (Tq, dim) token embeddings for each query.
+        """Return (Tq, dim) token embeddings for each query; of an image, those of its tags.
 
         Raises
         ------
         ConfigError
-            If a query is an image: this encoder has no image tower.
+            If a query is empty, or an image shows nothing that the classifier names.
         """
-        for query in queries:
-            if query.image is not None or not query.text:
-                raise ConfigError("the offline encoder takes text queries only; it has no image tower")
-        return [embeddings for embeddings, _ in self._encode([query.text or "" for query in queries])]
+        return [embeddings for embeddings, _ in self._encode([self._words(query) for query in queries])]
 
     def query_tokens(self, query: Query) -> list[str]:
         """Return what each of a query's token embeddings stands for."""
-        ids = self._tokenizer(query.text, add_special_tokens=False)["input_ids"]
+        ids = self._tokenizer(self._words(query), add_special_tokens=False)["input_ids"]
         tokens: list[str] = self._tokenizer.convert_ids_to_tokens(ids)
         return tokens
+
+    def _words(self, query: Query) -> str:
+        check_query(query, "offline", image=True, both=True)
+        seen = self._tag_spans([{"jpeg": query.image}])[0]["text"] if query.image else ""
+        words = " ".join(filter(None, [query.text, query.vision_text, seen]))
+        if not words.strip():
+            raise ConfigError(
+                "the classifier of the offline encoder names nothing in this image with a probability of "
+                f"{self._tags.min_probability}; add a text, or use an encoder with an image tower"
+            )
+        return words
 
     def _tag_spans(self, frames: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         """Return one span of tag names a frame, so that a span index is a frame index."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from operators.errors import ShapeError
+from operators.errors import ConfigError, ShapeError
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -17,18 +18,36 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Content:
-    """What one modality of one clip holds: spans of text, or frames, as in the ``modalities`` table."""
+    """What one modality of one clip holds: spans of text, frames, or sound, as in the ``modalities`` table.
+
+    ``audio`` is an encoded file (mono, 16 kHz), beside the spans of speech where the corpus keeps its sound.
+    """
 
     spans: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     frames: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    audio: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Query:
-    """A query: text, an encoded image, or both."""
+    """A query: text, an encoded image, or both.
+
+    Attributes
+    ----------
+    text
+        What is asked.
+    image
+        A picture, encoded as JPEG, PNG or the like.
+    boxes
+        Regions of interest in it, each (left, top, right, bottom) as shares of its width and height.
+    vision_text
+        What others saw in it, in words: objects, captions, text (FLMR's text-based vision).
+    """
 
     text: str | None = None
     image: bytes | None = None
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    vision_text: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,18 +77,23 @@ class TokenEmbeddings:
 
 
 class Encoder(Protocol):
-    """Turns clips and queries into token embeddings of one width.
+    """Turns clips and queries into token embeddings of one width. Its constructor loads the model."""
 
-    An encoder's constructor loads the model. ``fingerprint_of`` names what its output depends on without loading it, and
-    ``joint`` says whether it sees all modalities of a clip in one pass (then a change in one makes all of them stale).
-    """
-
-    joint: bool
     dim: int
 
     @classmethod
     def fingerprint_of(cls, **parameters: Any) -> str:
         """Return what the output depends on, without loading the model."""
+        ...
+
+    @classmethod
+    def joint_of(cls, **parameters: Any) -> bool:
+        """Return whether all modalities of a clip are seen in one pass: then a change in one makes all of them stale."""
+        ...
+
+    @classmethod
+    def dim_of(cls, **parameters: Any) -> int:
+        """Return the width of a token embedding."""
         ...
 
     def encode_documents(self, clips: Sequence[Mapping[str, Content]]) -> list[dict[str, TokenEmbeddings]]:
@@ -83,6 +107,49 @@ class Encoder(Protocol):
     def query_tokens(self, query: Query) -> list[str]:
         """Return what each of a query's Tq token embeddings stands for, to be shown."""
         ...
+
+
+def check_query(query: Query, encoder: str, image: bool = False, both: bool = False) -> None:
+    """Refuse a query that is empty or that an encoder cannot take.
+
+    Parameters
+    ----------
+    query
+        What is asked.
+    encoder
+        Its name, for the message.
+    image, both
+        Whether it takes an image alone, and an image with a text.
+
+    Raises
+    ------
+    ConfigError
+        Naming what the query has and what the encoder takes.
+    """
+    if not query.image and not (query.text or "").strip():
+        raise ConfigError("the query is empty; give it a text, an image, or both")
+    if query.image and not (both if query.text else image):
+        got = "an image and a text" if query.text else "an image"
+        takes = "a text or an image, not both" if image else "text only: it has no image tower"
+        raise ConfigError(f"the query has {got}, but the encoder {encoder} takes {takes}")
+
+
+def open_picture(encoded: bytes) -> Any:
+    """Return an encoded image as an RGB picture of PIL, turned as its metadata says.
+
+    Raises
+    ------
+    ConfigError
+        If it is none.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ConfigError(
+            f"{len(encoded)} bytes are not an image that can be read ({error}); give a JPEG, PNG or WebP"
+        ) from error
 
 
 def join_spans(spans: Sequence[Mapping[str, Any]]) -> tuple[str, npt.NDArray[np.int64]]:

@@ -6,7 +6,6 @@ weak, because ImageNet knows objects and animals but no actions, and honest, bec
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from operators import weights
+from operators.encoders import open_picture
 from operators.errors import ModelError
 
 SIDE = 224
@@ -65,7 +65,7 @@ class FrameTags:
             raise ModelError(f"{file} does not hold the weights of EfficientNet-Lite0: {error}") from error
         self._network.eval()
         self._names: list[str] = list(_IMAGENET_CATEGORIES)
-        self._top_k, self._min_probability = top_k, min_probability
+        self._top_k, self.min_probability = top_k, min_probability
 
     def tag(self, jpegs: Sequence[bytes]) -> list[list[tuple[str, float]]]:
         """Return (name, probability) of what is seen in each frame, the most probable first; a list may be empty."""
@@ -84,7 +84,7 @@ class FrameTags:
             [
                 (self._names[index], probability)
                 for index, probability in zip(indices, probabilities, strict=True)
-                if probability >= self._min_probability
+                if probability >= self.min_probability
             ]
             for indices, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
@@ -100,11 +100,10 @@ def _weights_file(model: str) -> Path:
 
 def _pixels(jpeg: bytes) -> np.ndarray[Any, Any]:
     """Return the middle of an image as (3, 224, 224) float32 in about [-1, 1], which is what the network was trained on."""
-    from PIL import Image
+    from PIL.Image import Resampling
 
-    with Image.open(io.BytesIO(jpeg)) as file:
-        image = file.convert("RGB")
+    image = open_picture(jpeg)
     side = CROP * min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    middle = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    middle = image.resize((SIDE, SIDE), Resampling.BICUBIC, box=(left, top, left + side, top + side))
     return ((np.asarray(middle, dtype=np.float32) - 127) / 128).transpose(2, 0, 1)

@@ -76,7 +76,8 @@ def encoder_fingerprint(config: EncodeConfig) -> str:
 
 def plan(store: Store, config: EncodeConfig) -> tuple[pa.Table, Difference]:
     """Return the clips to encode (Lance row ids and fingerprints of their stale modalities), and the difference."""
-    of_encoder, joint = encoder_fingerprint(config), ENCODERS[config.encoder].joint
+    of_encoder = encoder_fingerprint(config)
+    joint = ENCODERS[config.encoder].joint_of(**config.parameters())
     rows = store.rows(MODALITIES, [*KEYS, "fingerprint"])
     rows = _with_output_fingerprints(rows, of_encoder, joint)
     difference = compare(rows, _existing(store, config.encoder), KEYS)

@@ -1,10 +1,15 @@
+import importlib.util
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from operators.encoder_lexical import LexicalEncoder
 from operators.encoder_multivector import MultiVectorModel
 from operators.encoder_offline import OfflineEncoder
-from operators.encoders import Content, Query, TokenEmbeddings, join_spans, span_of, token_batches
+from operators.encoders import Content, Query, TokenEmbeddings, check_query, join_spans, span_of, token_batches
 from operators.errors import ConfigError, ModelError, ShapeError
 
 OFFLINE = {
@@ -99,10 +104,40 @@ def test_a_meaning_is_found_in_other_words(offline):
     assert whales > judge
 
 
-def test_an_image_query_is_refused_where_there_is_no_image_tower(offline, multivector):
-    for encoder in (offline, multivector):
-        with pytest.raises(ConfigError):
+def test_an_image_query_is_refused_where_there_is_no_image_tower(multivector):
+    for encoder in (LexicalEncoder(dim=8), multivector):
+        with pytest.raises(ConfigError, match="no image tower"):
             encoder.encode_queries([Query(image=b"jpeg")])
+
+
+def test_an_image_query_of_the_offline_encoder_is_its_tags(offline):
+    path = Path(importlib.util.find_spec("skimage").origin).parent / "data" / "chelsea.png"
+    query = Query(image=path.read_bytes())
+    assert "cat" in offline.query_tokens(query)
+    assert offline.query_tokens(replace(query, text="moon"))[0] == "moon"
+    [clip] = offline.encode_documents([{"frame": Content(frames=[{"jpeg": path.read_bytes()}])}])
+    np.testing.assert_allclose(offline.encode_queries([query])[0], clip["frame"].embeddings, atol=1e-5)
+
+
+@pytest.mark.parametrize("image", [None, b"", b"no picture"])
+def test_a_query_without_text_or_readable_image_is_refused(offline, image):
+    with pytest.raises(ConfigError, match="empty|not an image"):
+        offline.encode_queries([Query(text=None, image=image)])
+
+
+@pytest.mark.parametrize(
+    ("image", "both", "text", "message"),
+    [
+        (False, False, "red", "no image tower"),
+        (False, False, None, "no image tower"),
+        (True, False, "red", "not both"),
+        (True, True, "red", None),
+        (True, False, None, None),
+    ],
+)
+def test_what_an_encoder_does_not_take_is_named(image, both, text, message):
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        check_query(Query(text=text, image=b"jpeg"), "some", image, both)
 
 
 def test_multivector_spans_are_those_of_the_words(multivector):
@@ -140,7 +175,7 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path, tiny_model):
     kept = {name: tensor for name, tensor in whole.items() if "attention.self.query.weight" not in name}
     assert len(kept) < len(whole)
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="lacks 1 weights"):
+    with pytest.raises(ModelError, match="1 weights are missing"):
         OfflineEncoder(**(OFFLINE | {"text_model": str(tmp_path)}))
 
 
