@@ -26,7 +26,6 @@ from operators.encoders import (
     span_of,
     token_batches,
 )
-from operators.errors import ConfigError
 from operators.fingerprint import fingerprint
 from operators.frame_tags import FrameTags
 
@@ -102,12 +101,12 @@ class OfflineEncoder:
         return [{modality: next(results) for modality in clip} for clip in clips]
 
     def encode_queries(self, queries: Sequence[Query]) -> list[Floats]:
-        """Return (Tq, dim) token embeddings for each query; of an image, those of its tags.
+        """Return (Tq, dim) token embeddings for each query; of an image, those of its tags, one at least.
 
         Raises
         ------
         ConfigError
-            If a query is empty, or an image shows nothing that the classifier names.
+            If a query is empty, or its image cannot be read.
         """
         return [embeddings for embeddings, _ in self._encode([self._words(query) for query in queries])]
 
@@ -119,14 +118,8 @@ class OfflineEncoder:
 
     def _words(self, query: Query) -> str:
         check_query(query, "offline", image=True, both=True)
-        seen = self._tag_spans([{"jpeg": query.image}])[0]["text"] if query.image else ""
-        words = " ".join(filter(None, [query.text, query.vision_text, seen]))
-        if not words.strip():
-            raise ConfigError(
-                "the classifier of the offline encoder names nothing in this image with a probability of "
-                f"{self._tags.min_probability}; add a text, or use an encoder with an image tower"
-            )
-        return words
+        seen = self._tags.tag([query.image], at_least=1)[0] if query.image else []
+        return " ".join(filter(None, [query.text, query.vision_text, ", ".join(name for name, _ in seen)]))
 
     def _tag_spans(self, frames: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         """Return one span of tag names a frame, so that a span index is a frame index."""

@@ -65,16 +65,22 @@ class FrameTags:
             raise ModelError(f"{file} does not hold the weights of EfficientNet-Lite0: {error}") from error
         self._network.eval()
         self._names: list[str] = list(_IMAGENET_CATEGORIES)
-        self._top_k, self.min_probability = top_k, min_probability
+        self._top_k, self._min_probability = top_k, min_probability
 
-    def tag(self, jpegs: Sequence[bytes]) -> list[list[tuple[str, float]]]:
-        """Return (name, probability) of what is seen in each frame, the most probable first; a list may be empty."""
+    def tag(self, jpegs: Sequence[bytes], at_least: int = 0) -> list[list[tuple[str, float]]]:
+        """Return (name, probability) of what is seen in each frame, the most probable first; a list may be empty.
+
+        Parameters
+        ----------
+        at_least
+            So many tags are given whatever their probability.
+        """
         tags: list[list[tuple[str, float]]] = []
         for start in range(0, len(jpegs), BATCH_FRAMES):
-            tags += self._tag_batch(jpegs[start : start + BATCH_FRAMES])
+            tags += self._tag_batch(jpegs[start : start + BATCH_FRAMES], at_least)
         return tags
 
-    def _tag_batch(self, jpegs: Sequence[bytes]) -> list[list[tuple[str, float]]]:
+    def _tag_batch(self, jpegs: Sequence[bytes], at_least: int) -> list[list[tuple[str, float]]]:
         import torch
 
         pixels = torch.from_numpy(np.stack([_pixels(jpeg) for jpeg in jpegs]))
@@ -83,8 +89,8 @@ class FrameTags:
         return [
             [
                 (self._names[index], probability)
-                for index, probability in zip(indices, probabilities, strict=True)
-                if probability >= self.min_probability
+                for rank, (index, probability) in enumerate(zip(indices, probabilities, strict=True))
+                if rank < at_least or probability >= self._min_probability
             ]
             for indices, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]

@@ -306,7 +306,10 @@ def build_index(
 
 @_command()
 def search(
-    text: Annotated[str, typer.Argument(help="What to look for.")],
+    text: Annotated[str, typer.Argument(help="What to look for; may be left out where there is an image.")] = "",
+    image: Annotated[
+        str | None, typer.Option("--image", help="A picture to look for, or what TEXT asks about.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many videos.")] = 10,
     explain: Annotated[bool, typer.Option("--explain", help="Say why each video was found.")] = False,
     video: Annotated[list[str] | None, typer.Option("--video", help="Only this video; may be repeated.")] = None,
@@ -319,14 +322,17 @@ def search(
     from pipelines import render, render_evaluation
 
     def work(loaded: Config) -> Any:
+        from operators.encoders import Query
+        from pipelines.queries import read_image
         from pipelines.search import Wanted, search
         from pipelines.why_not import why_not
 
         wanted = Wanted(tuple(video or ()), tuple(tag or ()), start, stop)
+        query = Query(text or None, read_image(image, loaded.storage.environment()) if image else None)
         if lost is not None:
-            return why_not(loaded, text, lost, k, wanted)
-        found = search(loaded, text, k, explain, wanted)
-        return {"query": text, "results": [result.to_json() for result in found]}
+            return why_not(loaded, query, lost, k, wanted) | {"image": image}
+        found = search(loaded, query, k, explain, wanted)
+        return {"query": text, "image": image, "results": [result.to_json() for result in found]}
 
     return work, render.results if lost is None else render_evaluation.loss
 

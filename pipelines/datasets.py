@@ -25,7 +25,8 @@ Qrels = dict[str, dict[str, int]]
 ID = ("id", "_id", "query_id", "query-id", "qid")
 TEXT = ("text", "query")
 TARGET = ("target_modality", "query_type")
-QUERIES = Form(frozenset({*ID, *TEXT, *TARGET, "image", "answers"}), bare=("id", "text"), open_text=TEXT)
+IMAGE = ("image", "boxes", "vision_text")
+QUERIES = Form(frozenset({*ID, *TEXT, *TARGET, *IMAGE, "answers"}), bare=("id", "text"), open_text=TEXT)
 
 QUERY = ("query-id", "query_id", "qid")
 DOCUMENT = ("corpus-id", "corpus_id", "video_id", "doc_id", "docid", "pid")
@@ -40,6 +41,9 @@ MODALITY_OF = {
 }
 """What others call a modality; the query kinds of MultiVENT and CLaMR (arXiv:2506.06144)."""
 
+Box = tuple[float, float, float, float]
+BOXES = "they must be [left, top, right, bottom] each, as shares of the image's width and height from 0 to 1"
+
 MULTIVENT_ID = re.compile(r"_(base|speech|ocr|description)_\d+$")
 
 
@@ -47,7 +51,8 @@ MULTIVENT_ID = re.compile(r"_(base|speech|ocr|description)_\d+$")
 class JudgedQuery:
     """A query, with the modality it is meant to find and the answers that a relevant text holds, if it says so.
 
-    ``image`` is the path or URI of the image that is a part of the query.
+    ``text`` may be empty where there is an ``image``: the path or URI of the image that is a part of the query.
+    ``boxes`` and ``vision_text`` are those of `operators.encoders.Query`.
     """
 
     query_id: str
@@ -55,6 +60,8 @@ class JudgedQuery:
     target_modality: str | None
     image: str | None = None
     answers: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    vision_text: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,8 @@ def read_queries(*paths: Path) -> list[JudgedQuery]:
     """Return the queries of a file, or of the parts of one.
 
     JSON lines, JSON, CSV, TSV with or without header, or Parquet with an id, a text and optionally ``target_modality``,
-    ``image`` (a path is relative to the file) and ``answers``; or TREC topics. The names of other projects for those columns
-    and for the modalities are known, and the query kind in the ids of MultiVENT 2.0.
+    ``answers``, ``image`` (a path is relative to the file), ``boxes`` and ``vision_text``; or TREC topics. The names of
+    other projects for those columns and for the modalities are known, and the query kind in the ids of MultiVENT 2.0.
 
     Raises
     ------
@@ -103,11 +110,23 @@ def _query(record: Record, folder: Path) -> JudgedQuery:
     image = record.optional("image")
     return JudgedQuery(
         query_id=query_id,
-        text=record.text(*TEXT),
+        text=record.optional(*TEXT) or "" if image else record.text(*TEXT),
         target_modality=MODALITY_OF.get(target, target) if target else None,
         image=str((folder / image).resolve()) if image and "://" not in image else image,
         answers=tuple(record.texts("answers")) if record.find("answers") else (),
+        boxes=_boxes(record),
+        vision_text=record.optional("vision_text") or "",
     )
+
+
+def _boxes(record: Record) -> tuple[Box, ...]:
+    try:
+        boxes = tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in record.find("boxes") or ())
+    except (TypeError, ValueError) as error:
+        raise record.error(f"the boxes are {record.find('boxes')!r}; {BOXES}") from error
+    if wrong := [box for box in boxes if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1)]:
+        raise record.error(f"the box {wrong[0]} is none; {BOXES}")
+    return boxes
 
 
 def read_qrels(*paths: Path) -> Qrels:

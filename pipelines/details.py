@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from PIL import Image
 
 from cluster.searchers import Hit
 from cluster.store import VIDEOS, Store
-from operators.encoders import Encoder, Query
+from operators.encoders import Encoder, Query, open_picture
 from operators.maxsim import Scorer
 from operators.schema import FRAME
 from pipelines.config import Config
 from pipelines.evaluate import Evaluation
 from pipelines.job import open_store
+from pipelines.queries import to_query
 from pipelines.release import Release, open_release
 from pipelines.search import Explanation, any_of, explain, scorer_of
 
@@ -30,6 +30,7 @@ THUMBNAIL_PIXELS = 320
 ROWS = pa.schema(
     [
         ("query_id", pa.string()),
+        ("query_image", pa.binary()),
         ("rank", pa.int32()),
         ("video_id", pa.string()),
         ("title", pa.string()),
@@ -70,18 +71,21 @@ ROWS = pa.schema(
         ),
     ]
 )
-"""Of ``details.parquet``: a row a hit. ``relevant`` is its grade, null where it was not judged."""
+"""Of ``details.parquet``: a row a hit. ``relevant`` is its grade, null where it was not judged; ``query_image`` stands in
+the first row of its query."""
 
 
 def save_details(evaluation: Evaluation, folder: Path, config: Config) -> None:
     """Explain the first hits of the worst queries, as many as ``evaluate.details``, into ``details.parquet``."""
     store = open_store(config)
     release = open_release(store, evaluation.document["release_id"])
-    encoder = release.load_encoder(num_threads=os.cpu_count() or 1)
+    encoder = release.load_encoder(os.cpu_count() or 1, config.search.device)
     scorer = scorer_of(config.search)
     rows: list[dict[str, Any]] = []
     for query_id in _worst(evaluation, config):
-        rows += _rows(evaluation, query_id, store, release, encoder, scorer)
+        [judged] = [query for query in evaluation.queries if query.query_id == query_id]
+        query = to_query(judged, config.storage.environment())
+        rows += _rows(evaluation, query_id, query, store, release, encoder, scorer)
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=ROWS), folder / "details.parquet")
 
 
@@ -97,17 +101,23 @@ def _worst(evaluation: Evaluation, config: Config) -> list[str]:
 
 
 def _rows(
-    evaluation: Evaluation, query_id: str, store: Store, release: Release, encoder: Encoder, scorer: Scorer
+    evaluation: Evaluation,
+    query_id: str,
+    query: Query,
+    store: Store,
+    release: Release,
+    encoder: Encoder,
+    scorer: Scorer,
 ) -> Iterator[dict[str, Any]]:
-    text = next(query.text for query in evaluation.queries if query.query_id == query_id)
-    [embedded] = encoder.encode_queries([Query(text=text)])
-    tokens, hits = encoder.query_tokens(Query(text=text)), evaluation.hits[query_id][:HITS_EACH]
+    [embedded] = encoder.encode_queries([query])
+    tokens, hits = encoder.query_tokens(query), evaluation.hits[query_id][:HITS_EACH]
     titles = _titles(store, release, [hit.video_id for hit in hits])
     grades = evaluation.judgements.get(query_id, {})
     for rank, hit in enumerate(hits, start=1):
         explained = explain(store, release, hit, embedded, tokens, scorer)
         yield _row(explained, hit) | {
             "query_id": query_id,
+            "query_image": _small(query.image) if query.image and rank == 1 else None,
             "rank": rank,
             "title": titles.get(hit.video_id),
             "relevant": grades.get(hit.video_id),
@@ -150,8 +160,12 @@ def _thumbnail(frames: Sequence[Mapping[str, Any]], seconds: float) -> bytes | N
     """Return the frame nearest to a moment, as a small JPEG."""
     if not frames:
         return None
-    nearest = min(frames, key=lambda frame: abs(frame["pts_seconds"] - seconds))
-    picture, small = Image.open(io.BytesIO(nearest["jpeg"])), io.BytesIO()
+    return _small(min(frames, key=lambda frame: abs(frame["pts_seconds"] - seconds))["jpeg"])
+
+
+def _small(image: bytes) -> bytes:
+    """Return a picture as a small JPEG."""
+    picture, small = open_picture(image), io.BytesIO()
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     picture.save(small, "JPEG", quality=75)
     return small.getvalue()

@@ -30,7 +30,6 @@ from cluster.session import Pool, check_schedule, cluster_resources, session
 from cluster.shards import Shard, clip_rows, cut
 from cluster.store import Store
 from operators import diagonal
-from operators.encoders import Query
 from operators.maxsim import Scorer
 from operators.measures import answer_depth
 from operators.modality_selection import selection
@@ -41,6 +40,7 @@ from pipelines.config import Config
 from pipelines.datasets import JudgedQuery, read_qrels, read_queries
 from pipelines.job import open_store
 from pipelines.leaderboard import Values
+from pipelines.queries import encode_queries
 from pipelines.release import Release, open_release
 from pipelines.runs import read_run, scores_of
 from pipelines.search import scorer_of, search_options
@@ -155,7 +155,7 @@ def _search(
     only: Filter,
 ) -> _Searched:
     """Return what a path finds and costs, and what the exact pass finds for all systems."""
-    embedded = encode_queries(release, asked)
+    embedded = encode_of(config, release, asked)
     pools: list[VideoPool] = []
     wins: list[list[Wins]] = []
     if path == "exact" or config.evaluate.compare_exact:
@@ -257,10 +257,10 @@ def _rows_of(rows: pa.Table, only: Filter) -> pa.Table:
     return rows.filter(pc.is_in(rows["video_id"], value_set=pa.array(sorted(only.video_ids), pa.string())))
 
 
-def encode_queries(release: Release, queries: Sequence[JudgedQuery]) -> list[np.ndarray]:
+def encode_of(config: Config, release: Release, asked: Sequence[JudgedQuery]) -> list[np.ndarray]:
     """Return the token embeddings of queries, by the encoder that made a release."""
-    encoder = release.load_encoder(num_threads=os.cpu_count() or 1)
-    return encoder.encode_queries([Query(text=query.text) for query in queries])
+    encoder = release.load_encoder(os.cpu_count() or 1, config.search.device)
+    return encode_queries(encoder, asked, config.storage.environment())
 
 
 def _systems(
@@ -288,7 +288,7 @@ def _against(
     if not against.isdigit():
         return System("against", AGAINST, Path(against).name, read_run(Path(against)))
     release = open_release(store, int(against))
-    embedded = encode_queries(release, asked)
+    embedded = encode_of(config, release, asked)
     hits = search_fleet(config, open_fleet(config, store, release), embedded, depth, only)
     run = scores_of({query.query_id: found for query, found in zip(asked, hits, strict=True)})
     return System(f"release {against}", AGAINST, f"release {against}, compressed index", run)

@@ -186,6 +186,7 @@ def _queries(
                 "better": better,
                 "worse": worse,
                 "same": len(beside) - len(better) - len(worse),
+                "image": next((clip["query_picture"] for clip in clips.get(row["query_id"], [])), None),
                 "clips": clips.get(row["query_id"], []),
             }
         )
@@ -200,13 +201,18 @@ def _clips(rows: Iterable[Json]) -> dict[str, list[dict[str, Any]]]:
         found[row["query_id"]].append(
             {
                 **row,
-                "picture": base64.b64encode(row["thumbnail"]).decode() if row["thumbnail"] else None,
+                "picture": _base64(row["thumbnail"]),
+                "query_picture": _base64(row.get("query_image")),
                 "shares": sorted(row["shares"] or [], key=lambda share: -share["share"]),
                 "winners": [winner | {"pieces": _excerpt(winner)} for winner in winners],
                 "spans": [_span(span, winners) for span in row["spans"] or []],
             }
         )
     return found
+
+
+def _base64(picture: bytes | None) -> str | None:
+    return base64.b64encode(picture).decode() if picture else None
 
 
 def _modalities(metrics: Json, clips: Mapping[str, list[dict[str, Any]]]) -> list[str]:

@@ -19,13 +19,13 @@ from cluster.shards import Shard, clip_rows, cut, read_tokens
 from cluster.store import VIDEOS, Store
 from operators import schema
 from operators.calibrate import sample_queries
-from operators.encoders import Query
 from operators.measures import mean, per_query
 from pipelines import leaderboard
-from pipelines.config import GatesConfig
+from pipelines.config import Config
 from pipelines.datasets import JudgedQuery, read_qrels, read_queries
 from pipelines.evaluate import open_fleet, search_all, search_fleet
 from pipelines.job import Job
+from pipelines.queries import encode_queries
 from pipelines.release import Release
 from pipelines.runs import scores_of
 
@@ -84,7 +84,7 @@ def _quality(job: Job, draft: Release, live: Release | None) -> Iterator[Gate]:
     """Yield gates on what is found: recall against the exact path, and quality or overlap with the live release."""
     config, store = job.config.gates, job.store
     rows = clip_rows(store, draft.token_table, draft.manifest["version"])
-    judged, own, queries = _queries(config, store, draft, rows)
+    judged, own, queries = _queries(job.config, store, draft, rows)
     if not queries:
         return
     # One after the other: actors that hold segments hold cores too, and the next would wait for them for ever.
@@ -132,17 +132,18 @@ def _judged(
 
 
 def _queries(
-    config: GatesConfig, store: Store, draft: Release, rows: pa.Table
+    config: Config, store: Store, draft: Release, rows: pa.Table
 ) -> tuple[list[JudgedQuery], list[str | None], list[np.ndarray]]:
     """Return canary queries, or runs of tokens drawn from clips with the video that each came from."""
-    if config.canaries is not None:
-        judged = read_queries(config.canaries)
-        encoder = draft.load_encoder(num_threads=os.cpu_count() or 1)
-        return judged, [None] * len(judged), encoder.encode_queries([Query(text=query.text) for query in judged])
-    few = Shard(_of_clips(rows, 2 * config.num_queries))
+    gates = config.gates
+    if gates.canaries is not None:
+        judged = read_queries(gates.canaries)
+        encoder = draft.load_encoder(os.cpu_count() or 1, config.search.device)
+        return judged, [None] * len(judged), encode_queries(encoder, judged, config.storage.environment())
+    few = Shard(_of_clips(rows, 2 * gates.num_queries))
     tokens = read_tokens(store, draft.token_table, draft.manifest["version"], few.rows["_rowid"])
     token_of_clip = np.concatenate([[0], np.cumsum(np.bincount(few.run_clip, few.run_lengths))]).astype(np.int64)
-    drawn = sample_queries(tokens, token_of_clip, config.num_queries, seed=0)
+    drawn = sample_queries(tokens, token_of_clip, gates.num_queries, seed=0)
     video_ids = few.clips["video_id"].to_pylist()
     return [], [video_ids[clip] for clip, _ in drawn], [query for _, query in drawn]
 

@@ -44,7 +44,7 @@ class Release:
         """The token embedding table that the index was made from."""
         return str(self.manifest["table"])
 
-    def load_encoder(self, num_threads: int) -> Encoder:
+    def load_encoder(self, num_threads: int, device: str = "cpu") -> Encoder:
         """Load the encoder that made the index, to encode queries with.
 
         Raises
@@ -59,7 +59,7 @@ class Release:
                 f"(fingerprint {here}, wanted {self.encoder_fingerprint}): scores would mean nothing. "
                 "Install the same model revision, or encode and build the index again."
             )
-        parameters = self.encode.parameters() | {"num_threads": num_threads}
+        parameters = self.encode.parameters() | {"num_threads": num_threads, "device": device}
         encoder: Encoder = ENCODERS[self.encode.encoder](**parameters)
         return encoder
 

@@ -1,4 +1,4 @@
-"""Search: text in, videos out, with the reason for each on request."""
+"""Search: text, an image or both in, videos out, with the reason for each on request."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def search_options(config: SearchConfig, k: int) -> SearchOptions:
     return SearchOptions(k, scorer_of(config), config.recall, config.probes, config.candidates, config.rescored)
 
 
-def search(config: Config, text: str, k: int, explained: bool = False, wanted: Wanted = Wanted()) -> list[Found]:
-    """Return the best ``k`` videos for a text, from the newest release.
+def search(config: Config, query: Query, k: int, explained: bool = False, wanted: Wanted = Wanted()) -> list[Found]:
+    """Return the best ``k`` videos for a query, from the newest release.
 
     The segments are loaded into this process: for many queries use ``evaluate``, which spreads them over actors.
 
@@ -91,18 +91,19 @@ def search(config: Config, text: str, k: int, explained: bool = False, wanted: W
     ------
     StorageError
         If nothing was released yet.
+    ConfigError
+        If the encoder does not take such a query.
     """
     store = open_store(config)
     release = open_release(store)
     with reading(store, release.release_id):
-        return _search(config, store, release, text, k, explained, wanted)
+        return _search(config, store, release, query, k, explained, wanted)
 
 
 def _search(
-    config: Config, store: Store, release: Release, text: str, k: int, explained: bool, wanted: Wanted
+    config: Config, store: Store, release: Release, query: Query, k: int, explained: bool, wanted: Wanted
 ) -> list[Found]:
-    encoder = release.load_encoder(num_threads=os.cpu_count() or 1)
-    query = Query(text=text)
+    encoder = release.load_encoder(os.cpu_count() or 1, config.search.device)
     embedded = encoder.encode_queries([query])
     manifest = release.manifest
     holder = SegmentHolder(store, manifest, manifest["segments"], config.search.codes_on_disk, config.search.device)

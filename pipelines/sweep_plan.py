@@ -20,10 +20,12 @@ from operators import pooling
 from operators.errors import ConfigError, StorageError
 from operators.fingerprint import fingerprint
 from operators.measures import answer_depth
+from operators.remote import Environment
 from pipelines import leaderboard
 from pipelines.config import Config, EncodeConfig, PoolTokens
 from pipelines.datasets import JudgedQuery, read_qrels, read_queries
 from pipelines.encode import encoder_fingerprint, plan
+from pipelines.queries import read_image
 from pipelines.release import find_live
 from pipelines.search import scorer_of
 from pipelines.sweep_config import Cell
@@ -124,8 +126,13 @@ def read_asked(config: Config, queries: Path, qrels: Path) -> Asked:
         raise ConfigError("a sweep measures by evaluate.protocol=trec, and not by answers (PRRecall); see `evaluate`")
     judged, judgements = read_queries(queries), read_qrels(qrels)
     leaderboard.check(options.measures, options.protocol, judged, judgements)
-    content = fingerprint([asdict(query) for query in judged], judgements)
+    content = fingerprint([_content_of(query, config.storage.environment()) for query in judged], judgements)
     return Asked(judged, judgements, options.measures, options.depth, options.batch_queries, content)
+
+
+def _content_of(query: JudgedQuery, environment: Environment) -> dict[str, Any]:
+    image = fingerprint(read_image(query.image, environment).hex()) if query.image else None
+    return asdict(query) | {"image": image}
 
 
 def look(store: Store, base: EncodeConfig, most: PoolTokens) -> Stored:

@@ -32,7 +32,7 @@ from cluster.searchers import Hit, SearchOptions, SegmentHolder, merge, spread
 from cluster.session import Pool, check_schedule, cluster_resources
 from cluster.shards import clip_rows, cut
 from cluster.store import Store
-from operators.encoders import Floats, Query
+from operators.encoders import Floats
 from operators.errors import without_credentials
 from operators.maxsim import Scorer
 from pipelines import leaderboard
@@ -42,6 +42,7 @@ from pipelines.encode import ENCODERS
 from pipelines.evaluate import RECALL_DEPTH, overlap
 from pipelines.pooled_tokens import pool_table
 from pipelines.progress import Progress
+from pipelines.queries import encode_queries
 from pipelines.runs import scores_of
 from pipelines.search import scorer_of, search_options
 from pipelines.sweep_plan import Asked, Placed
@@ -311,7 +312,7 @@ class Work:
         def make() -> Any:
             encode = p.stored.encode
             encoder = ENCODERS[encode.encoder](**encode.parameters() | {"num_threads": os.cpu_count() or 1})
-            return ray.put(encoder.encode_queries([Query(text=query.text) for query in self._asked.queries]))
+            return ray.put(encode_queries(encoder, self._asked.queries, p.cell.config.storage.environment()))
 
         return self._once(f"queries {p.stored.table}", make)
 

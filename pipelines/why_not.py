@@ -20,7 +20,7 @@ Json = dict[str, Any]
 NOTHING = "nothing in it gives a token: no frames that are recognised, no speech, no text, no title"
 
 
-def why_not(config: Config, text: str, video_id: str, k: int, wanted: Wanted) -> Json:
+def why_not(config: Config, query: Query, video_id: str, k: int, wanted: Wanted) -> Json:
     """Return the stage at which a video was lost to a search for ``k`` videos, and the detail of it.
 
     Stages, in their order: ``unknown``, ``failed``, ``not extracted``, ``not encoded``, ``not indexed``,
@@ -31,13 +31,12 @@ def why_not(config: Config, text: str, video_id: str, k: int, wanted: Wanted) ->
     with reading(store, release.release_id):
         manifest = release.manifest
         holder = SegmentHolder(store, manifest, manifest["segments"], config.search.codes_on_disk)
-        encoder = release.load_encoder(num_threads=os.cpu_count() or 1)
-        [query] = encoder.encode_queries([Query(text=text)])
+        [embedded] = release.load_encoder(os.cpu_count() or 1, config.search.device).encode_queries([query])
         options = replace(search_options(config.search, k), filter=filter_of(store, release, wanted))
-        trace = holder.trace(query, options, video_id)
+        trace = holder.trace(embedded, options, video_id)
         stage, detail = _before_index(store, release, video_id) if trace.stage == "not indexed" else _in_index(trace, k)
     found: Json = {
-        "query": text,
+        "query": query.text,
         "video_id": video_id,
         "stage": stage,
         "detail": detail,

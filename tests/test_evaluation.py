@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cluster.store import MODALITIES, Store, token_table
 from operators import schema
+from operators.encoders import Query
 from operators.errors import ConfigError
 from operators.search import Searcher
 from pipelines.build_index import build_index
@@ -350,7 +351,7 @@ def lost(tmp_path_factory, cluster):
 )
 def test_a_lost_video_is_said_to_be_lost_where_it_was(lost, monkeypatch, video_id, settings, wanted, stage, detail):
     monkeypatch.setattr(Searcher, "_scans_cheaper", lambda *_: False)  # so small an index would not be probed
-    found = why_not(lost.config(*settings), lost.words_without("v02"), video_id, 1, wanted)
+    found = why_not(lost.config(*settings), Query(text=lost.words_without("v02")), video_id, 1, wanted)
     assert found["stage"] == stage, found
     assert detail in found["detail"]
 
@@ -360,9 +361,9 @@ def test_what_is_said_to_find_a_lost_video_does(lost, monkeypatch, setting):
     monkeypatch.setattr(Searcher, "_scans_cheaper", lambda *_: False)
     few = {"search.probes": 1, "search.candidates": 2}
     settings = [f"{name}={value if name == setting else 999}" for name, value in few.items()]
-    before = why_not(lost.config(*settings), lost.words_without("v02"), "v02", 1, Wanted())
+    before = why_not(lost.config(*settings), Query(text=lost.words_without("v02")), "v02", 1, Wanted())
     advised = re.search(rf"--set ({setting}=\d+)`", before["detail"])[1]
-    after = why_not(lost.config(*settings, advised), lost.words_without("v02"), "v02", 1, Wanted())
+    after = why_not(lost.config(*settings, advised), Query(text=lost.words_without("v02")), "v02", 1, Wanted())
     assert before["stage"] in ("not probed", "pruned") and after["stage"] == "outscored"
 
 
@@ -375,4 +376,4 @@ def test_a_video_that_changed_and_is_not_built_in_again_has_a_tombstone(lost):
         rows = store.open(table).scanner(columns=["video_id"], with_row_id=True, filter="video_id = 'v07'").to_table()
         store.delete_rows(table, rows["_rowid"].to_pylist())
         build_index(job)
-    assert why_not(config, WORDS[0], "v07", 1, Wanted())["stage"] == "tombstoned"
+    assert why_not(config, Query(text=WORDS[0]), "v07", 1, Wanted())["stage"] == "tombstoned"

@@ -58,8 +58,10 @@ def test_no_frames_have_no_tags(tags):
     assert tags.tag([]) == []
 
 
-def test_a_higher_bar_leaves_no_tag():
-    assert FrameTags(min_probability=1.0).tag([noise(0)]) == [[]]
+def test_a_higher_bar_leaves_no_tag_but_those_that_are_asked_for():
+    tags = FrameTags(min_probability=1.0)
+    assert tags.tag([noise(0)]) == [[]]
+    assert len(tags.tag([noise(0)], at_least=2)[0]) == 2
 
 
 def test_a_folder_without_one_file_of_weights_is_a_model_error(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from cluster.index_store import read_codec
 from cluster.searchers import Fleet, SearchOptions, SegmentHolder
 from cluster.store import FAILURES, MODALITIES, RUNS, STORAGE_VERSION, VIDEOS
+from operators.encoders import Query
 from operators.errors import ConfigError, ModelError, ScheduleError, StorageError, TooManyFailuresError
 from operators.maxsim import make_scorer
 from operators.schema import MODALITIES as MODALITY_NAMES
@@ -190,7 +191,7 @@ def test_ir_measures_repeats_our_figures_from_the_files(indexed, tmp_path):
 
 
 def test_search_explains_each_query_token(indexed):
-    [first, *_] = search(indexed.config(), "red cat", k=2, explained=True)
+    [first, *_] = search(indexed.config(), Query(text="red cat"), k=2, explained=True)
     assert (first.video_id, first.title) == ("v0", "red cat")
     assert {winner.modality for winner in first.winners} == {"metadata"}
     by_token = {winner.token: winner for winner in first.winners}
@@ -199,7 +200,7 @@ def test_search_explains_each_query_token(indexed):
 
 
 def test_asking_for_more_videos_than_there_are_gives_all(indexed):
-    assert len(search(indexed.config(), "moon", k=50)) == 6
+    assert len(search(indexed.config(), Query(text="moon"), k=50)) == 6
 
 
 def test_readers_keep_their_release_until_the_next_is_built(fresh):
@@ -208,9 +209,9 @@ def test_readers_keep_their_release_until_the_next_is_built(fresh):
     fresh.build()
     fresh.rows.append({"video_id": "new", "title": "moon"})
     fresh.index()
-    assert "new" not in {found.video_id for found in search(fresh.config(), "moon", k=9)}
+    assert "new" not in {found.video_id for found in search(fresh.config(), Query(text="moon"), k=9)}
     fresh.build()
-    assert search(fresh.config(), "moon", k=9)[0].video_id == "new"
+    assert search(fresh.config(), Query(text="moon"), k=9)[0].video_id == "new"
 
 
 def test_clips_rescored_on_float_embeddings_score_as_the_exact_path_does(indexed, tmp_path):
@@ -235,11 +236,11 @@ def test_clips_rescored_on_float_embeddings_score_as_the_exact_path_does(indexed
     ],
 )
 def test_a_filter_leaves_only_what_is_wanted(indexed, wanted, found):
-    assert {hit.video_id for hit in search(indexed.config(), "moon", k=9, wanted=wanted)} == found
+    assert {hit.video_id for hit in search(indexed.config(), Query(text="moon"), k=9, wanted=wanted)} == found
 
 
 def test_only_the_modalities_that_count_are_scored(indexed):
-    hits = search(indexed.config("search.modalities=[metadata]"), "red cat", k=1, explained=True)
+    hits = search(indexed.config("search.modalities=[metadata]"), Query(text="red cat"), k=1, explained=True)
     assert hits[0].share_by_modality.get("metadata") == pytest.approx(1)
 
 

@@ -71,7 +71,7 @@ class Nights:
         return open_job(self.config(*assignments), "test")
 
     def found(self, text, k=100, *assignments):
-        return {hit.video_id for hit in search(self.config("search.probes=0", *assignments), text, k)}
+        return {hit.video_id for hit in search(self.config("search.probes=0", *assignments), Query(text=text), k)}
 
     def live(self):
         return open_release(self.store).release_id
@@ -123,9 +123,11 @@ def test_a_night_does_what_changed_and_nothing_else(blank):
     for table in (VIDEOS, MODALITIES, TOKENS):
         assert ids(blank.store, table) == set(blank.titles)
     assert blank.found("zebra", 2) == {changed, new}
-    only = search(blank.config("search.probes=0"), "zebra", 9, wanted=Wanted(videos=(new, "v005")))
+    only = search(blank.config("search.probes=0"), Query(text="zebra"), 9, wanted=Wanted(videos=(new, "v005")))
     assert [hit.video_id for hit in only] == [new, "v005"]
-    assert not search(blank.config(), "zebra", 9, wanted=Wanted(start_seconds=1)), "they have no second second"
+    assert not search(blank.config(), Query(text="zebra"), 9, wanted=Wanted(start_seconds=1)), (
+        "they have no second second"
+    )
     assert blank.found("word1 word2") == set(blank.titles), "what is gone is not found, all else is"
 
 

@@ -166,6 +166,7 @@ SCHEMA = pa.schema(
         ("score", pa.float32()),
         *((name, pa.float64()) for name in ("start_seconds", "stop_seconds", "best_seconds")),
         ("thumbnail", pa.binary()),
+        ("query_image", pa.binary()),
         ("patch", pa.list_(pa.float32(), 4)),
         ("shares", pa.list_(pa.struct({"modality": pa.string(), "share": pa.float32()}))),
         (
@@ -422,6 +423,13 @@ def test_a_clip_shows_its_best_moment_with_the_winning_patch(page):
     assert [patch[name] for name in ("x", "y", "width", "height")] == ["0.25", "0.5", "0.25", "0.25"]
     assert not third.all("img") and not third.all("rect", "patch")
     assert "1 Video 1" in first.text and "score 12.500" in first.text and "00:00 to 01:30 best at 01:04" in first.text
+
+
+def test_a_query_shows_its_image(tmp_path):
+    clips = [clip(1, query_image=b"\xff\xd8asked"), clip(2)]
+    (asked,) = parse(evaluation_page(evaluation(tmp_path / "e", clips=clips))).all("img", "asked")
+    assert asked["src"] == "data:image/jpeg;base64,/9hhc2tlZA=="
+    assert asked["alt"] == "The query's image"
 
 
 def test_a_clip_shows_its_relevance(page):

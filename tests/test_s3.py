@@ -19,6 +19,7 @@ from cluster.objects import open_objects
 from cluster.retries import retried
 from cluster.store import FAILURES, MODALITIES, RELEASES, RUNS, VIDEOS, Store, token_table
 from operators.decode import Child
+from operators.encoders import Query
 from operators.errors import ConfigError, SourceError, StorageError
 from operators.remote import Environment, locate
 from pipelines import doctor, manifest
@@ -115,7 +116,7 @@ def test_the_whole_chain_runs_in_buckets_and_shows_no_credential(configure, buck
     assert index()["new"] == 3
     with open_job(config, "build-index") as job:
         build_index(job)
-    [first, *_] = search(config, "green moon", 3, True)
+    [first, *_] = search(config, Query(text="green moon"), 3, True)
     assert first.video_id == "v2"
 
     obstore.put(bucket, f"corpus/{names[0]}", (tmp_path / "video.mp4").read_bytes())
@@ -124,7 +125,7 @@ def test_the_whole_chain_runs_in_buckets_and_shows_no_credential(configure, buck
     counts = job.summary.counts
     assert (counts["changed"], counts["unchanged"], counts["extract"]) == (1, 2, 1)
     assert job.summary.release == {"release_id": 2, "live_before": 1, "state": "published"}
-    assert search(config, "green moon", 3, True)[0].video_id == "v2"
+    assert search(config, Query(text="green moon"), 3, True)[0].video_id == "v2"
     with open_job(config, "gc") as job:
         assert gc(job)["releases"] == [1]
 
