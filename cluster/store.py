@@ -36,6 +36,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     RELEASES: schema.RELEASES,
 }
 
+LATER_COLUMNS = {MODALITIES: frozenset({"audio"})}
+"""Columns that tables of older stores lack. They read as null, and are added when there is something to write in them."""
+
 FORMAT = 2
 """Of the store as a whole; a job refuses others. 2: tables keep stable row ids, by which an index names its clips."""
 
@@ -136,7 +139,7 @@ class Store:
         """
         wanted = table_schema or SCHEMAS[name]
         dataset = self.open_or_none(name)
-        if dataset is not None and dataset.schema.equals(wanted):
+        if dataset is not None and dataset.schema.equals(_without_later_columns(name, wanted, dataset.schema)):
             return dataset
         if dataset is not None and name in SCHEMAS:
             raise StorageError(
@@ -199,8 +202,24 @@ class Store:
 
     def take(self, name: str, version: int, row_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
         """Return rows of a table's version by Lance row id, in the order asked for."""
-        rows: pa.Table = self.open(name, version)._take_rows(list(row_ids), columns=list(columns))
-        return rows
+        dataset = self.open(name, version)
+        lacking = LATER_COLUMNS.get(name, frozenset()).difference(dataset.schema.names).intersection(columns)
+        there = [column for column in columns if column not in lacking]
+        rows: pa.Table = dataset._take_rows(list(row_ids), columns=there)
+        for column in lacking:
+            rows = rows.append_column(column, pa.nulls(rows.num_rows, SCHEMAS[name].field(column).type))
+        return rows.select(list(columns))
+
+    def add_later_columns(self, name: str) -> None:
+        """Add the columns that a table of an older store lacks, without rewriting a row. Only by the lease's holder."""
+
+        def add() -> None:
+            dataset = self.open(name)
+            lacking = [field for field in SCHEMAS[name] if field.name not in dataset.schema.names]
+            if lacking:
+                dataset.add_columns(pa.schema(lacking))
+
+        retried(add, f"adding columns to {name}")
 
     def delete_rows(self, name: str, row_ids: Sequence[int]) -> None:
         """Delete rows by Lance row id (valid for the version they were read from, while we are the only writer)."""
@@ -253,6 +272,12 @@ class Store:
             raise storage_error("read", f"{self.uri}/{path}", error) from error
         except ValueError as error:
             raise StorageError(f"{self.uri}/{path} is not JSON: {error}") from error
+
+
+def _without_later_columns(name: str, wanted: pa.Schema, held: pa.Schema) -> pa.Schema:
+    """Return a table's schema as an older store may have it, if this one does."""
+    later = LATER_COLUMNS.get(name, frozenset())
+    return pa.schema([field for field in wanted if field.name in held.names or field.name not in later])
 
 
 def check_location(location: str | None) -> str:

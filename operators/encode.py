@@ -28,6 +28,7 @@ CLIP_MODALITIES = pa.schema(
                         ("fingerprint", pa.string()),
                         ("spans", pa.list_(schema.SPAN)),
                         ("frames", pa.list_(schema.FRAME_IMAGE)),
+                        ("audio", pa.binary()),
                     ]
                 )
             ),
@@ -62,7 +63,9 @@ class Encode:
         """Return ``batch`` with ``rows`` (of the token embedding table, nested) in place of ``modalities``."""
         started, cpu_started = time.perf_counter(), time.process_time()
         clips = batch.to_pylist()
-        contents = [{m["modality"]: Content(m["spans"], m["frames"]) for m in clip["modalities"]} for clip in clips]
+        contents = [
+            {m["modality"]: Content(m["spans"], m["frames"], m["audio"]) for m in clip["modalities"]} for clip in clips
+        ]
         encoded = self._encoder.encode_documents(contents)
         rows = [
             self._row(clip, modality, pool(encoded_clip[modality["modality"]], self._budget(modality["modality"])))

@@ -20,7 +20,8 @@ Ints = npt.NDArray[np.int32]
 class Content:
     """What one modality of one clip holds: spans of text, frames, or sound, as in the ``modalities`` table.
 
-    ``audio`` is an encoded file (mono, 16 kHz), beside the spans of speech where the corpus keeps its sound.
+    ``audio`` is an encoded file, beside the spans of speech where the corpus keeps its sound (``extract.keep_audio``);
+    `operators.sound.decode_sound` gives its samples.
     """
 
     spans: Sequence[Mapping[str, Any]] = field(default_factory=tuple)

@@ -49,9 +49,10 @@ def modality_rows(batch: pa.Table) -> pa.Table:
     Parameters
     ----------
     batch
-        Clips with ``wanted``, ``fingerprints``, ``title``, ``description``, ``tags`` and what the operators added.
+        Clips with ``wanted``, ``fingerprints``, ``title``, ``description``, ``tags`` and what the operators added;
+        ``audio``, if there, is an encoded file.
     """
-    used = [name for name in batch.column_names if name not in ("audio", "timings", "uri")]
+    used = [name for name in batch.column_names if name not in ("timings", "uri")]
     rows = [row for clip in batch.select(used).to_pylist() for row in _rows_of(clip)]
     return pa.Table.from_pylist(rows, schema=schema.MODALITY_ROWS)
 
@@ -74,6 +75,7 @@ def _rows_of(clip: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             "fingerprint": fingerprints[modality],
             "spans": _spans(clip, modality),
             "frames": (clip["frames"] or []) if modality == schema.FRAME else [],
+            "audio": clip.get("audio") if modality == schema.SPEECH else None,
         }
 
 

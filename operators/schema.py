@@ -81,8 +81,10 @@ MODALITY_ROWS = pa.schema(
         ("fingerprint", pa.string()),
         ("spans", pa.list_(SPAN)),
         ("frames", pa.list_(FRAME_IMAGE)),
+        ("audio", pa.binary()),
     ]
 )
+"""``audio`` is a sound file (``operators.sound``) in rows of speech where the corpus keeps its sound, and null elsewhere."""
 
 FAILURES = pa.schema(
     [

@@ -33,6 +33,7 @@ import pyarrow as pa
 
 from operators import schema, weights
 from operators.errors import ConfigError, ModelError
+from operators.sound import encode_sound
 
 MIN_SILENCE_MS = 2000
 """Shorter silences do not split a region of speech."""
@@ -74,7 +75,7 @@ class Thresholds:
 
 
 class Speech:
-    """Adds ``speech`` to clips and drops ``audio``.
+    """Adds ``speech`` to clips, and drops ``audio`` or makes a small file of it.
 
     Parameters
     ----------
@@ -90,6 +91,8 @@ class Speech:
         Of the model, on the CPU.
     thresholds
         What is believed.
+    keep_audio
+        Keep the sound, be it speech or not, as an encoded file (``operators.sound``).
 
     Raises
     ------
@@ -110,6 +113,7 @@ class Speech:
         beam_size: int = 1,
         cpu_threads: int = 1,
         thresholds: Thresholds = Thresholds(),
+        keep_audio: bool = False,
     ) -> None:
         from faster_whisper import WhisperModel
 
@@ -122,27 +126,33 @@ class Speech:
         if language not in (None, "en") and not self._model.model.is_multilingual:
             raise ConfigError(f"speech model {model} knows English only, got language {language!r}")
         self._language, self._beam_size, self._thresholds = language, beam_size, thresholds
+        self._keep_audio = keep_audio
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return ``batch`` with ``speech``, without ``audio``; times count from the start of the video.
+        """Return ``batch`` with ``speech``; times count from the start of the video.
 
-        ``speech`` is empty where nothing is said, null where it failed or is not wanted.
+        ``speech`` is empty where nothing is said, null where it failed or is not wanted. ``audio`` is gone; if it is kept,
+        it is an encoded file, null where there is no sound.
         """
         used = ["start_seconds", "audio", "wanted", "failures", "timings"]
         clips = [self._with_speech(clip) for clip in batch.select(used).to_pylist()]
         batch = batch.drop_columns(["audio", "failures", "timings"])
         for name, type_ in (("failures", schema.FAILURE), ("timings", schema.TIMING), (schema.SPEECH, schema.SPAN)):
             batch = batch.append_column(name, pa.array([clip[name] for clip in clips], pa.list_(type_)))
+        if self._keep_audio:
+            batch = batch.append_column("audio", pa.array([clip["audio"] for clip in clips], pa.binary()))
         return batch
 
     def _with_speech(self, clip: Mapping[str, Any]) -> dict[str, Any]:
         failures, timings = list(clip["failures"] or ()), list(clip["timings"] or ())
-        done = {"failures": failures, "timings": timings, schema.SPEECH: None}
+        done: dict[str, Any] = {"failures": failures, "timings": timings, schema.SPEECH: None, "audio": None}
         if schema.SPEECH not in clip["wanted"] or any(failure["stage"] in BLOCKED_BY for failure in failures):
             return done
         started, cpu_started = time.perf_counter(), time.process_time()
         try:
             done[schema.SPEECH] = self._spans(clip["audio"], clip["start_seconds"] or 0.0)
+            if self._keep_audio and clip["audio"]:
+                done["audio"] = encode_sound(clip["audio"])
         except Exception as error:  # the per-item boundary
             name = type(error).__name__
             failures.append({"stage": schema.SPEECH, "error": name, "message": str(error), "final": False})

@@ -35,6 +35,8 @@ ENCODERS: dict[str, Any] = {
 }
 
 KEYS = ["video_id", "clip", "modality"]
+CONTENT = ["spans", "frames", "audio"]
+"""Columns of ``modalities`` that encoders see."""
 
 
 def encode(job: Job, dry_run: bool = False) -> None:
@@ -187,7 +189,7 @@ def read_clips(work: pa.Table, store: Store, version: int) -> pa.Table:
     """Return clips with the contents of their stale modalities. Runs on the workers."""
     clips = work.to_pylist()
     row_ids = [row_id for clip in clips for row_id in clip["row_ids"]]
-    columns = [*KEYS, "start_seconds", "stop_seconds", "spans", "frames"]
+    columns = [*KEYS, "start_seconds", "stop_seconds", *CONTENT]
     rows = iter(store.take(MODALITIES, version, row_ids, columns).to_pylist())
     return pa.Table.from_pylist([_clip(rows, clip["fingerprints"]) for clip in clips], schema=CLIP_MODALITIES)
 
@@ -195,7 +197,7 @@ def read_clips(work: pa.Table, store: Store, version: int) -> pa.Table:
 def _clip(rows: Any, fingerprints: list[str]) -> Mapping[str, Any]:
     of_clip = [next(rows) | {"fingerprint": value} for value in fingerprints]
     return {name: of_clip[0][name] for name in ("video_id", "clip", "start_seconds", "stop_seconds")} | {
-        "modalities": [{name: row[name] for name in ("modality", "fingerprint", "spans", "frames")} for row in of_clip]
+        "modalities": [{name: row[name] for name in ("modality", "fingerprint", *CONTENT)} for row in of_clip]
     }
 
 

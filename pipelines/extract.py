@@ -22,7 +22,7 @@ from cluster.commits import batch_rows, compact, write_receipt
 from cluster.freshness import Difference, Quarantine, compare
 from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, even_sizes, plan_actors
 from cluster.store import MODALITIES, VIDEOS, Store
-from operators import modalities, schema, weights
+from operators import modalities, schema, sound, weights
 from operators.decode import Decode
 from operators.fingerprint import fingerprint
 from operators.modalities import BLOCKED_BY, modality_rows
@@ -66,6 +66,7 @@ class Fingerprints:
         self._speech: list[Any] = []
         if SPEECH in config.modalities:
             self._speech = [Speech.VERSION, speech.model_dump(), weights.fingerprint(speech.model)]
+            self._speech += ["audio", sound.VERSION] if config.keep_audio else []
         self._screen_text: list[Any] = []
         if SCREEN_TEXT in config.modalities:
             model = weights.fingerprint(screen.model) if screen.engine == "easyocr" else ""
@@ -193,14 +194,18 @@ def _run(job: Job, work: pa.Table) -> None:
     pools = {pool.name: pool for pool in plan_pools(config, resources["CPU"], len(sizes))}
     check_schedule(list(pools.values()), 3, resources)
     job.use(list(pools.values()))
+    if config.keep_audio:
+        job.lease.check()
+        job.store.add_later_columns(MODALITIES)
     committer = job.committer(MODALITIES)
     read = partial(read_videos, store=job.store, version=job.store.open(VIDEOS).version)
+    held = job.store.open(MODALITIES).schema
     write = partial(
         write_receipt,
         store=job.store,
         table=MODALITIES,
-        table_schema=schema.MODALITY_ROWS,
-        to_rows=modality_rows,
+        table_schema=held,
+        to_rows=partial(_to_rows, columns=held.names),
         count=_count,
     )
     clips = blocks(work, sizes)
@@ -265,7 +270,7 @@ def operators(
         },
     )
     if SPEECH in config.modalities:
-        yield SPEECH, Speech, config.speech.model_dump() | {"device": device}
+        yield SPEECH, Speech, config.speech.model_dump() | {"device": device, "keep_audio": config.keep_audio}
     if SCREEN_TEXT in config.modalities:
         yield SCREEN_TEXT, ScreenText, config.screen_text.model_dump() | {"device": device}
 
@@ -277,6 +282,11 @@ def read_videos(work: pa.Table, store: Store, version: int) -> pa.Table:
     for name in ("wanted", "fingerprints"):
         videos = videos.append_column(name, work[name])
     return videos
+
+
+def _to_rows(clips: pa.Table, columns: list[str]) -> pa.Table:
+    """Return rows of ``modalities`` with the columns that the store's table has."""
+    return modality_rows(clips).select(columns)
 
 
 def _count(rows: pa.Table) -> Counter[str]:

@@ -182,7 +182,8 @@ def explain(
 
 def _contents(store: Store, release: Release, of_clip: str) -> dict[str, dict[str, Any]]:
     table = store.open(MODALITIES, release.tables[MODALITIES])
-    return {row["modality"]: row for row in table.to_table(filter=of_clip).to_pylist()}
+    rows = table.to_table(columns=["modality", "spans", "frames"], filter=of_clip).to_pylist()
+    return {row["modality"]: row for row in rows}
 
 
 def _winner(token: str, row: dict[str, Any], place: int, score: float, contents: dict[str, dict[str, Any]]) -> Winner:
