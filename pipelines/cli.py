@@ -607,6 +607,28 @@ def doctor() -> Command:
     return work, render.checks
 
 
+@_command()
+def passages(
+    examples: Annotated[
+        Path, typer.Argument(metavar="EXAMPLES.jsonl", help="JSON lines: image, question (or text), response.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="JSON lines to write: image, text, passage.")],
+    file: Annotated[
+        Path | None,
+        typer.Option("--passages", help="JSON lines or TSV with texts to find passages in; else the store's release."),
+    ] = None,
+) -> Command:
+    """Turn answers about images into passages to train retrieval on: MIRe's response-to-passage conversion."""
+    from pipelines import render
+
+    def work(loaded: Config) -> Any:
+        from pipelines.passages import make_passages
+
+        return make_passages(loaded, examples, out, file)
+
+    return work, render.passages
+
+
 @app.command()
 def dataset(
     name: Annotated[str, typer.Argument(help="The benchmark; a wrong name is answered with the list of them.")],

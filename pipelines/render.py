@@ -288,3 +288,11 @@ def dataset(result: Json) -> None:
     else:
         console.print(f"next: maxreel index {out}/manifest.jsonl --store STORE")
     console.print(f"then: maxreel evaluate --store STORE --queries {out}/queries.jsonl --qrels {out}/qrels.txt")
+
+
+def passages(result: Json) -> None:
+    """Print how many examples were converted, and why the others were left out."""
+    console = make_console()
+    console.print(f"wrote {result['written']} of {result['examples']} examples to {result['file']}")
+    for reason, count in result["left_out"].items():
+        console.print(f"  left out {count} {reason}")
