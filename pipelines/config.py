@@ -225,6 +225,33 @@ class LexicalConfig(_Model):
     dim: int = Field(64, ge=8, le=512)
 
 
+class ClamrConfig(_Model):
+    """The ``clamr`` encoder: all modalities of a clip in one turn of Qwen2.5-VL or Qwen2.5-Omni.
+
+    ``model`` is a whole checkpoint with its head, or an adapter or head trained on ``base``. The default is CLaMR's released
+    adapter, which needs a ``base`` or ``head`` that brings the head.
+    """
+
+    model: str = "meetdavidwan/clamr"
+    base: str | None = None
+    head: str | None = None
+    context: Literal["joint", "separate"] = "joint"
+    max_frames: int = Field(10, ge=1)
+    max_pixels: int = Field(224 * 224, ge=28 * 28)
+    max_text_tokens: int = Field(512, ge=16)
+    query_length: int = Field(64, ge=1)
+    augmentation_tokens: int = Field(10, ge=0)
+    template_tokens: bool = False
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+
+    @model_validator(mode="after")
+    def _leaves_room_for_the_query(self) -> Self:
+        if self.query_length < self.augmentation_tokens + 8:
+            raise ValueError("query_length must be at least 8 more than augmentation_tokens, or no word is left")
+        return self
+
+
 class EncodeResources(_Model):
     """Speed, not output."""
 
@@ -248,10 +275,11 @@ class PoolTokens(_Model):
 class EncodeConfig(_Model):
     """From modalities to token embeddings."""
 
-    encoder: Literal["offline", "multivector", "lexical"] = "offline"
+    encoder: Literal["offline", "multivector", "lexical", "clamr"] = "offline"
     offline: OfflineConfig = OfflineConfig()
     multivector: MultiVectorConfig = MultiVectorConfig()
     lexical: LexicalConfig = LexicalConfig()
+    clamr: ClamrConfig = ClamrConfig()
     pool_tokens: PoolTokens = PoolTokens()
     resources: EncodeResources = EncodeResources()
 

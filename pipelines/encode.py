@@ -20,6 +20,7 @@ from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, even_sizes,
 from cluster.store import MODALITIES, Store, token_table
 from operators import pooling, schema
 from operators.encode import CLIP_MODALITIES, Encode
+from operators.encoder_clamr import ClamrEncoder
 from operators.encoder_lexical import LexicalEncoder
 from operators.encoder_multivector import MultiVectorModel
 from operators.encoder_offline import OfflineEncoder
@@ -32,6 +33,7 @@ ENCODERS: dict[str, Any] = {
     "offline": OfflineEncoder,
     "multivector": MultiVectorModel,
     "lexical": LexicalEncoder,
+    "clamr": ClamrEncoder,
 }
 
 KEYS = ["video_id", "clip", "modality"]

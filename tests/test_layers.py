@@ -16,6 +16,10 @@ MODELS_OF_OPERATORS = {
     "frame_tags",
     "encoder_offline",
     "encoder_multivector",
+    "encoder_clamr",
+    "clamr_checkpoint",
+    "clamr_model",
+    "adapters",
     "encode",
 }
 
