@@ -8,6 +8,7 @@ tensor must find its module, and every module that the adapter's own config sele
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,9 +61,10 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     ModelError
         If a tensor finds no module, a module that the adapter's config selects finds no tensors, or shapes differ.
     """
-    from peft import get_peft_model, set_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    config = _read_config(folder)
+    read_adapter_config(folder)
+    config = LoraConfig.from_pretrained(str(folder))
     tensors = _split_names(folder)
     modules = {module for module, _ in tensors}
     found = _find_modules(model, config, modules, folder)
@@ -70,7 +72,7 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     config.rank_pattern = {found.get(name, name): value for name, value in (config.rank_pattern or {}).items()}
     config.alpha_pattern = {found.get(name, name): value for name, value in (config.alpha_pattern or {}).items()}
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.modules_to_save = None
-    config.task_type, config.inference_mode = None, True
+    config.task_type, config.inference_mode, config.base_model_name_or_path = None, True, None
     state = {f"base_model.model.{found[module]}.{kind}": tensor for (module, kind), tensor in tensors.items()}
     wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
     try:
@@ -83,19 +85,24 @@ def merge_adapter(model: Any, folder: Path) -> Any:
             )
         return wrapped.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError) as error:  # other shapes, or numbers that are none
-        raise ModelError(f"adapter {folder} does not fit its base model: {error}") from error
+        raise ModelError(f"adapter {folder} does not fit its base model: {' '.join(str(error).split())}") from error
 
 
-def _read_config(folder: Path) -> Any:
-    from peft import LoraConfig, PeftConfig
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return an adapter's ``adapter_config.json``.
 
+    Raises
+    ------
+    ModelError
+        If it cannot be read, or is not of a LoRA adapter.
+    """
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        content: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelError(f"adapter {folder}: {ADAPTER_CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"adapter {folder} is a {type(config).__name__}; only LoRA can be merged")
-    return config
+    if content.get("peft_type") != "LORA":
+        raise ModelError(f"adapter {folder} is of type {content.get('peft_type')}; only LORA can be merged")
+    return content
 
 
 def _split_names(folder: Path) -> Mapping[tuple[str, str], Any]:

@@ -7,7 +7,6 @@ is an error, unless the base (like ``vidore/colqwen2.5-base``) or ``head`` bring
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from operators import weights
-from operators.adapters import ADAPTER_CONFIG
+from operators.adapters import ADAPTER_CONFIG, read_adapter_config
 from operators.checkpoints import read_config
 from operators.errors import ConfigError, ModelError
 
@@ -38,17 +37,17 @@ class Family:
         Time that a patch of two frames stands for, as the released code has it: one frame a second, or for Omni, where it
         sets none, the processor's own two. Frames are sampled all over a clip, so this is a convention and not their time.
     system
-        The turn's system text; None for the template's own.
+        The turn's system text; empty for the template's own.
     video_label, audio_label
-        Text before the frames and the sound.
+        Text before the frames and the sound; without the latter it cannot hear.
     """
 
     architecture: str
     processor: str
     seconds_per_patch: float
-    system: str | None = None
+    system: str = ""
     video_label: str = ""
-    audio_label: str | None = None
+    audio_label: str = ""
 
 
 VL = Family("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor", seconds_per_patch=2.0)
@@ -73,14 +72,14 @@ class Checkpoint:
     ----------
     backbone
         Of the backbone and its processor.
-    adapter
-        Of the LoRA adapter to be merged into it, or None.
+    adapters
+        Of LoRA adapters to be merged into it, in this order.
     heads
         Where the head may be; the first that has one.
     """
 
     backbone: str
-    adapter: str | None
+    adapters: tuple[str, ...]
     heads: tuple[str, ...]
 
     @property
@@ -101,7 +100,7 @@ class Checkpoint:
 
     def fingerprints(self) -> list[str]:
         """Return what identifies the weights of every part."""
-        return [weights.fingerprint(name) for name in (self.backbone, self.adapter, *self.heads) if name]
+        return [weights.fingerprint(model) for model in (self.backbone, *self.adapters, *self.heads)]
 
     def head_dim(self) -> int:
         """Return the width of an embedding, reading no weights.
@@ -153,7 +152,7 @@ def find_checkpoint(model: str, base: str | None = None, head: str | None = None
         A whole checkpoint; an adapter that peft saved; or what training wrote: ``head.safetensors`` with such an adapter, or
         with a ``config.json`` that says ``{"system": "clamr", "base": ...}``.
     base
-        Backbone of an adapter or a head; by default the one that they name.
+        What an adapter or a head was trained on, itself any such model; by default the one that they name.
     head
         Folder of a head, in place of the model's or the base's.
 
@@ -170,14 +169,15 @@ def find_checkpoint(model: str, base: str | None = None, head: str | None = None
     if not is_adapter and config.get("system") != SYSTEM:
         if base is not None:
             raise ConfigError(f"encode.clamr.base is {base}, but {model} is a whole model; leave it out")
-        return Checkpoint(model, None, (head,) if head else (model,))
-    named = config.get("base") or (
-        _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") if is_adapter else ""
-    )
-    backbone = base or named
-    if not backbone:
+        return Checkpoint(model, (), (head,) if head else (model,))
+    named = base or config.get("base")
+    if is_adapter and not named:
+        named = read_adapter_config(folder).get("base_model_name_or_path")
+    if not named:
         raise ModelError(f"{model} does not name the model that it was trained on; set encode.clamr.base")
-    return Checkpoint(backbone, model if is_adapter else None, (head,) if head else (model, backbone))
+    below = find_checkpoint(named)
+    adapters = (*below.adapters, model) if is_adapter else below.adapters
+    return Checkpoint(below.backbone, adapters, (head,) if head else (model, *below.heads))
 
 
 def open_processor(checkpoint: Checkpoint) -> Any:
@@ -207,11 +207,3 @@ def _open(file: Path) -> Any:
     from safetensors import safe_open
 
     return safe_open(file, framework="pt")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
-    return content

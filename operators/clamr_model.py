@@ -3,7 +3,7 @@
 Training and encoding use the same module and the same batches::
 
     model = load_model("vidore/colqwen2.5-base")
-    turns = open_turns("vidore/colqwen2.5-base")
+    turns = ChatTurns("vidore/colqwen2.5-base")  # of operators.encoder_clamr
     batch = model.collate([turn for clip in clips for turn in turns.documents(clip)])
     embeddings = model(batch)          # (B, L, dim); of tokens where batch["modality"] >= 0
 """
@@ -46,7 +46,14 @@ class ClamrModel(nn.Module):
         From its hidden states to embeddings.
     family
         Of the backbone.
+
+    Attributes
+    ----------
+    name_or_path
+        Model id that it was loaded from: peft writes it as the base of adapters that are trained on it.
     """
+
+    name_or_path: str | None = None
 
     def __init__(self, backbone: Any, head: nn.Linear, family: Family) -> None:
         super().__init__()
@@ -136,8 +143,9 @@ def load_model(
         attn_implementation=attention,
     )
     loaded = ClamrModel(whole.model, _linear(tensors, whole.model, dtype), family)
-    if checkpoint.adapter:
-        loaded = merge_adapter(loaded, Path(weights.resolve(checkpoint.adapter)))
+    for adapter in checkpoint.adapters:
+        loaded = merge_adapter(loaded, Path(weights.resolve(adapter)))
+    loaded.name_or_path = model
     return loaded.eval()
 
 

@@ -209,7 +209,7 @@ class ChatTurns:
     def _hear(self, clip: Mapping[str, Content]) -> dict[str, Any]:
         """Return the inputs of a clip's sound; none where it has none, or the backbone cannot hear."""
         encoded = clip[SPEECH].audio if SPEECH in clip else None
-        if encoded is None or self._family.audio_label is None:
+        if encoded is None or not self._family.audio_label:
             return {}
         import torch
 
@@ -219,7 +219,8 @@ class ChatTurns:
         if _num_tokens(num_frames) < 1:
             return {}
         # The processor pads to five minutes; a window of zeros gives the same frames and costs what the sound is long.
-        padded = np.pad(samples, (0, extract.n_fft + extract.hop_length))
+        window = extract.n_fft + extract.hop_length
+        padded = np.pad(samples, (0, min(window, extract.n_samples - len(samples))))
         features = extract(padded, sampling_rate=SAMPLE_RATE_HZ, padding=False, truncation=False, return_tensors="pt")
         heard = features["input_features"][:, :, :num_frames]
         return {"input_features": heard, "feature_attention_mask": torch.ones((1, num_frames), dtype=torch.long)}

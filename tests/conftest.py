@@ -99,3 +99,19 @@ def tiny_model(tmp_path_factory):
     BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(folder / "backbone")
     MultiVectorEncoder(str(folder / "backbone")).save(str(folder / "late"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clamr(tmp_path_factory):
+    """A tiny Qwen2.5-VL with a head, random weights and a whole processor."""
+    from tests.tiny_qwen import save_vl
+
+    return save_vl(tmp_path_factory.mktemp("clamr"))
+
+
+@pytest.fixture(scope="session")
+def tiny_clamr_omni(tmp_path_factory):
+    """A tiny Qwen2.5-Omni thinker with a head, random weights and a whole processor."""
+    from tests.tiny_qwen import save_omni
+
+    return save_omni(tmp_path_factory.mktemp("clamr_omni"))
