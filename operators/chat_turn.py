@@ -186,12 +186,12 @@ def patch_piece(token: int, grid: tuple[int, int, int], frame_of: Sequence[int])
     return Piece([token] * (pairs * rows * columns), FRAME, spans)
 
 
-def audio_piece(token: int, num_tokens: int, spans: Sequence[Mapping[str, Any]]) -> Piece:
+def audio_piece(token: int, num_tokens: int, spans: Sequence[Mapping[str, Any]], start_seconds: float = 0.0) -> Piece:
     """Return the placeholders of sound; each is of the last span of speech that has started by its middle, or of the first.
 
-    Spans and sound are counted from the same start.
+    The sound begins at ``start_seconds``, on the clock that spans are on.
     """
-    middles = (np.arange(num_tokens) + 0.5) * AUDIO_TOKEN_SECONDS
+    middles = start_seconds + (np.arange(num_tokens) + 0.5) * AUDIO_TOKEN_SECONDS
     starts = np.array([span["start_seconds"] for span in spans], np.float64)
     index = np.searchsorted(starts, middles, side="right") - 1
     return Piece([token] * num_tokens, SPEECH, np.maximum(index, 0).astype(np.int32))

@@ -64,7 +64,11 @@ class Encode:
         started, cpu_started = time.perf_counter(), time.process_time()
         clips = batch.to_pylist()
         contents = [
-            {m["modality"]: Content(m["spans"], m["frames"], m["audio"]) for m in clip["modalities"]} for clip in clips
+            {
+                m["modality"]: Content(m["spans"], m["frames"], m["audio"], clip["start_seconds"])
+                for m in clip["modalities"]
+            }
+            for clip in clips
         ]
         encoded = self._encoder.encode_documents(contents)
         rows = [

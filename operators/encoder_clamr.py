@@ -8,13 +8,11 @@ the template do not compete as a modality of their own.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from operators.chat_turn import (
     LABELS,
@@ -32,9 +30,9 @@ from operators.chat_turn import (
 )
 from operators.clamr_checkpoint import Family, find_checkpoint, open_processor
 from operators.encoders import Content, Floats, Query, TokenEmbeddings, check_query, open_picture, token_batches
-from operators.errors import MediaError
 from operators.fingerprint import fingerprint
 from operators.schema import FRAME, MODALITIES, SAMPLE_RATE_HZ, SPEECH
+from operators.sound import decode_sound
 
 AUDIO = "audio"
 """The slot of sound in a turn."""
@@ -139,7 +137,9 @@ class ChatTurns:
             contents[FRAME] = patch_piece(self._processor.video_token_id, grid, chosen)
         if SPEECH in modalities and sound:
             length = _num_tokens(sound["feature_attention_mask"].shape[-1])
-            contents[AUDIO] = audio_piece(self._processor.audio_token_id, length, clip[SPEECH].spans)
+            contents[AUDIO] = audio_piece(
+                self._processor.audio_token_id, length, clip[SPEECH].spans, clip[SPEECH].start_seconds
+            )
             media |= sound
         for name in LABELS:
             if name in modalities:
@@ -332,7 +332,7 @@ class ClamrEncoder:
 
 def to_device(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Return tensors on a device; those of a GPU are copied there from pinned memory, without waiting."""
-    pin = not device.startswith("cpu")
+    pin = device.startswith("cuda")
     return {
         name: (tensor.pin_memory() if pin and not tensor.is_cuda else tensor).to(device, non_blocking=pin)
         for name, tensor in batch.items()
@@ -366,23 +366,3 @@ def _to_pixels(picture: Any, size: tuple[int, int] | None = None) -> Any:
 def _num_tokens(num_frames: int) -> int:
     """Return how many tokens Qwen2.5-Omni makes of so many frames of 10 ms."""
     return ((num_frames - 1) // 2 + 1 - 2) // 2 + 1
-
-
-def decode_sound(encoded: bytes) -> npt.NDArray[np.float32]:
-    """Return the samples (N,) of an encoded sound file: mono, 16 kHz, from -1 to 1.
-
-    Raises
-    ------
-    MediaError
-        If it is none.
-    """
-    import av
-
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE_HZ)
-    try:
-        with av.open(io.BytesIO(encoded)) as container:
-            frames = [piece for frame in container.decode(audio=0) for piece in resampler.resample(frame)]
-            frames += resampler.resample(None)
-    except (av.FFmpegError, IndexError) as error:  # IndexError: a file without sound
-        raise MediaError(f"{len(encoded)} bytes are not a sound file that can be read ({error})") from error
-    return np.concatenate([frame.to_ndarray()[0] for frame in frames]) if frames else np.zeros(0, np.float32)

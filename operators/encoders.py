@@ -21,12 +21,14 @@ class Content:
     """What one modality of one clip holds: spans of text, frames, or sound, as in the ``modalities`` table.
 
     ``audio`` is an encoded file, beside the spans of speech where the corpus keeps its sound (``extract.keep_audio``);
-    `operators.sound.decode_sound` gives its samples.
+    `operators.sound.decode_sound` gives its samples. It begins at ``start_seconds``, where the clip does, on the clock of
+    spans and frames.
     """
 
     spans: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     frames: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     audio: bytes | None = None
+    start_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,18 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from operators.chat_turn import NONE, audio_piece, choose_evenly, split_at
 from operators.clamr_checkpoint import OMNI, find_checkpoint
-from operators.encoder_clamr import ChatTurns, ClamrEncoder, decode_sound
+from operators.encode import CLIP_MODALITIES, Encode
+from operators.encoder_clamr import ChatTurns, ClamrEncoder
 from operators.encoders import Content, Query
 from operators.errors import ConfigError, MediaError, ModelError
 from operators.schema import MODALITIES
+from operators.sound import decode_sound, encode_sound
 from pipelines.config import ClamrConfig, validated
 from tests.tiny_qwen import DIM
 
@@ -36,25 +39,16 @@ def frames(count, width=56, height=56):
     return Content(frames=[{"pts_seconds": i * 7.0, "jpeg": jpeg(width, height, i)} for i in range(count)])
 
 
-def wav(samples):
-    import wave
-
-    encoded = io.BytesIO()
-    with wave.open(encoded, "wb") as file:
-        file.setparams((1, 2, 16_000, 0, "NONE", ""))
-        file.writeframes((np.asarray(samples) * 32767).astype("<i2").tobytes())
-    return encoded.getvalue()
-
-
-def noise(seconds, seed=0):
-    return np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * 16_000))
+def sound(seconds):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, int(seconds * 16_000))
+    return encode_sound((samples * 32767).astype("<i2").tobytes())
 
 
 CLIPS = {
     "text only": {"screen_text": Content(spans("the red", "cat")), "speech": Content(spans("moon, and again"))},
     "frames only": {"frame": frames(3, 84, 56)},
     "both": {"frame": frames(4), "metadata": Content(spans("a moon over")), "speech": Content(spans("red  cat.\n"))},
-    "sound": {"frame": frames(2), "speech": Content(spans("moon"), audio=wav(noise(0.73)))},
+    "sound": {"frame": frames(2), "speech": Content(spans("moon"), audio=sound(0.73))},
     "one word": {"metadata": Content(spans("x"))},
 }
 
@@ -88,9 +82,9 @@ class Plain:
         self.hears, self.head = hears, load_file(folder / "model.safetensors")
         self.size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
 
-    def message(self, clip, sound):
+    def message(self, clip, heard):
         content = [{"type": "text", "text": "Video: "}] * self.hears + [{"type": "video"}] if "frame" in clip else []
-        content += [{"type": "text", "text": "Audio: "}, {"type": "audio"}] if sound else []
+        content += [{"type": "text", "text": "Audio: "}, {"type": "audio"}] if heard else []
         for label, name in {" OCR: ": "screen_text", " ASR: ": "speech", " Description: ": "metadata"}.items():
             texts = [span["text"] for span in clip[name].spans] if name in clip else []
             content.append({"type": "text", "text": label + " ".join(texts)})
@@ -106,13 +100,13 @@ class Plain:
         )
         encoded = clip["speech"].audio if "speech" in clip and self.hears else None
         videos = {"videos": [np.stack(pictures)]} if pictures else {}
-        sound = {"audio": [decode_sound(encoded)]} if encoded else {}
+        heard = {"audio": [decode_sound(encoded)]} if encoded else {}
         inputs = self.processor(
-            text=[self.processor.apply_chat_template(self.message(clip, sound), tokenize=False)],
+            text=[self.processor.apply_chat_template(self.message(clip, heard), tokenize=False)],
             videos_kwargs={"size": self.size, "do_sample_frames": False, "cap_pixels_per_frame": False},
             return_tensors="pt",
             **videos,
-            **sound,
+            **heard,
         )
         if pictures and not self.hears:
             inputs["second_per_grid_ts"] = [2.0]  # two frames at one a second, as the released code has it
@@ -322,12 +316,12 @@ def test_an_image_query_names_its_patches_and_sees_its_picture(vl):
 
 @pytest.mark.parametrize("seconds", [0.035, 0.3, 1.0, 2.01, 31.0])
 def test_sound_has_the_features_and_tokens_of_the_processor(omni, plain_omni, seconds):
-    samples = decode_sound(wav(noise(seconds)))
+    samples = decode_sound(sound(seconds))
     expected = plain_omni.processor.feature_extractor(
         samples, sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="np"
     )
     length = int(expected["attention_mask"].sum())
-    [turn] = omni._turns.documents({"speech": Content(audio=wav(noise(seconds)))})
+    [turn] = omni._turns.documents({"speech": Content(audio=sound(seconds))})
     heard = turn.media["input_features"].numpy()
     np.testing.assert_allclose(heard[0], expected["input_features"][0][:, :length], atol=1e-5)
     [wanted] = plain_omni.processor._get_num_multimodal_tokens(audio_lengths=[len(samples)])["num_audio_tokens"]
@@ -335,7 +329,8 @@ def test_sound_has_the_features_and_tokens_of_the_processor(omni, plain_omni, se
 
 
 def test_sound_belongs_to_speech_beside_its_text(omni, vl):
-    speech = Content(spans("red", "cat"), audio=wav(noise(1.5)))
+    speech = Content([span | {"start_seconds": 60 + span["start_seconds"]} for span in spans("red", "cat")])
+    speech = replace(speech, audio=sound(1.5), start_seconds=60.0)
     [heard], [unheard] = (encoder.encode_documents([{"speech": speech}]) for encoder in (omni, vl))
     [text] = vl.encode_documents([{"speech": Content(speech.spans)}])
     assert unheard["speech"].span_index.tolist() == text["speech"].span_index.tolist(), "Qwen2.5-VL does not hear"
@@ -346,6 +341,15 @@ def test_sound_belongs_to_speech_beside_its_text(omni, vl):
     )
 
 
+def test_rows_of_a_later_clip_know_the_span_that_their_sound_is_of(tiny_clamr_omni):
+    said = [{"start_seconds": second, "stop_seconds": second + 1, "text": "red"} for second in (60.0, 61.0)]
+    speech = {"modality": "speech", "fingerprint": "", "spans": said, "frames": [], "audio": sound(1.5)}
+    clip = {"video_id": "v", "clip": 1, "start_seconds": 60.0, "stop_seconds": 70.0, "modalities": [speech]}
+    encode = Encode(ClamrEncoder, "clamr", {"model": str(tiny_clamr_omni)}, pool_tokens={})
+    [row] = encode(pa.Table.from_pylist([clip], schema=CLIP_MODALITIES)).to_pylist()
+    assert row["span_index"][:37] == [0] * 25 + [1] * 12
+
+
 def test_sound_before_the_first_span_goes_with_it_and_without_spans_with_none_other():
     later = [{"start_seconds": 0.1}, {"start_seconds": 0.2}]
     assert audio_piece(7, 8, later).span_index.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
@@ -353,7 +357,7 @@ def test_sound_before_the_first_span_goes_with_it_and_without_spans_with_none_ot
 
 
 def test_sound_too_short_for_a_token_is_none_and_what_is_no_sound_is_refused(omni):
-    assert omni._turns.documents({"speech": Content(audio=wav(noise(0.01)))}) == []
+    assert omni._turns.documents({"speech": Content(audio=sound(0.01))}) == []
     with pytest.raises(MediaError, match="7 bytes are not a sound file"):
         omni.encode_documents([{"speech": Content(audio=b"nothing")}])
 
