@@ -1,9 +1,13 @@
-"""The encode operator: clips in, rows of token embeddings out, pooled to their budget."""
+"""The encode operator: clips in, rows of token embeddings out, pooled to their budget.
+
+A clip that an encoder fails on costs itself: the batch is tried again clip by clip, which is also what a batch needs that a
+GPU has no room for.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,7 @@ CLIP_MODALITIES = pa.schema(
         ("clip", pa.int32()),
         ("start_seconds", pa.float64()),
         ("stop_seconds", pa.float64()),
+        ("video_fingerprint", pa.string()),
         (
             "modalities",
             pa.list_(
@@ -35,7 +40,12 @@ CLIP_MODALITIES = pa.schema(
         ),
     ]
 )
-"""What `Encode` takes: a row a clip; ``fingerprint`` is that of the embeddings to be made."""
+"""What `Encode` takes: a row a clip; ``fingerprint`` is that of the embeddings to be made, and ``video_fingerprint`` stands
+for all that are to be made of the clip's video."""
+
+STAGE = "encode"
+
+Encoded = dict[str, TokenEmbeddings]
 
 
 class Encode:
@@ -65,22 +75,50 @@ class Encode:
         clips = batch.to_pylist()
         contents = [
             {
-                m["modality"]: Content(m["spans"], m["frames"], m["audio"], clip["start_seconds"])
+                m["modality"]: Content(m["spans"], m["frames"], m["audio"], clip["start_seconds"] or 0.0)
                 for m in clip["modalities"]
             }
             for clip in clips
         ]
-        encoded = self._encoder.encode_documents(contents)
         rows = [
-            self._row(clip, modality, pool(encoded_clip[modality["modality"]], self._budget(modality["modality"])))
-            for clip, encoded_clip in zip(clips, encoded, strict=True)
-            for modality in clip["modalities"]
+            row
+            for clip, encoded in zip(clips, self._encode(contents), strict=True)
+            for row in self._rows(clip, encoded)
         ]
         table = _to_arrow(rows, self._encoder.dim)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-        timing = {"stage": "encode", "seconds": seconds, "cpu_seconds": cpu_seconds}
+        timing = {"stage": STAGE, "seconds": seconds, "cpu_seconds": cpu_seconds}
         timings = pa.array([[timing], *([[]] * (len(rows) - 1))] if rows else [], type=pa.list_(schema.TIMING))
-        return table.append_column("timings", timings)
+        fingerprints = [[{"stage": STAGE, "fingerprint": row["video_fingerprint"]}] for row in rows]
+        return (
+            table.append_column("timings", timings)
+            .append_column("failures", pa.array([row["failures"] for row in rows], pa.list_(schema.FAILURE)))
+            .append_column("fingerprints", pa.array(fingerprints, pa.list_(schema.STAGE_FINGERPRINT)))
+        )
+
+    def _encode(self, contents: Sequence[Mapping[str, Content]]) -> list[Encoded | Exception]:
+        """Return each clip's embeddings, or what went wrong with it."""
+        try:
+            return list(self._encoder.encode_documents(contents))
+        except Exception as error:  # the per-item boundary
+            if type(error).__name__ == "AcceleratorError":
+                raise  # a GPU that failed once answers nothing more: Ray starts the actor anew
+            if len(contents) == 1:
+                return [error]
+        return [self._encode([content])[0] for content in contents]
+
+    def _rows(self, clip: Mapping[str, Any], encoded: Encoded | Exception) -> Iterator[dict[str, Any]]:
+        """Yield a row a modality; of a clip that failed one, without tokens and with the failure."""
+        of_clip = {"video_fingerprint": clip["video_fingerprint"], "failures": []}
+        if isinstance(encoded, Exception):
+            name, message = type(encoded).__name__, f"clip {clip['clip']}: {encoded}"
+            failure = {"stage": STAGE, "error": name, "message": message, "final": False}
+            nothing = TokenEmbeddings(np.zeros((0, self._encoder.dim), np.float32), np.zeros(0, np.int32))
+            yield self._row(clip, clip["modalities"][0], nothing) | of_clip | {"failures": [failure]}
+            return
+        for modality in clip["modalities"]:
+            name = modality["modality"]
+            yield self._row(clip, modality, pool(encoded[name], self._budget(name))) | of_clip
 
     def _budget(self, modality: str) -> int:
         return self._pool_tokens.get(modality, 0)

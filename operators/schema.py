@@ -33,6 +33,9 @@ FRAME_IMAGE = pa.struct([("pts_seconds", pa.float64()), ("jpeg", pa.binary())])
 FAILURE = pa.struct([("stage", pa.string()), ("error", pa.string()), ("message", pa.string()), ("final", pa.bool_())])
 """Why one stage gave nothing for a video. ``final``: the same bytes would fail again."""
 
+STAGE_FINGERPRINT = pa.struct([("stage", pa.string()), ("fingerprint", pa.string())])
+"""What a stage would make of an item: a failure at this fingerprint is one of the same attempt."""
+
 TIMING = pa.struct([("stage", pa.string()), ("seconds", pa.float64()), ("cpu_seconds", pa.float64())])
 """Wall and CPU time that one operator spent on one row."""
 

@@ -6,27 +6,30 @@ found by `compare`; workers read the clips' rows, an actor pool encodes and pool
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from cluster.commits import batch_rows, compact, write_receipt
-from cluster.freshness import Difference, compare
+from cluster.freshness import Difference, Quarantine, compare
 from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, even_sizes, plan_actors
 from cluster.store import MODALITIES, Store, token_table
 from operators import pooling, schema
-from operators.encode import CLIP_MODALITIES, Encode
+from operators.encode import CLIP_MODALITIES, STAGE, Encode
 from operators.encoder_clamr import ClamrEncoder
 from operators.encoder_lexical import LexicalEncoder
 from operators.encoder_multivector import MultiVectorModel
 from operators.encoder_offline import OfflineEncoder
 from operators.fingerprint import fingerprint
 from pipelines.config import EncodeConfig
-from pipelines.job import Job
+from pipelines.job import Job, forget_failures
 from pipelines.progress import Progress
 
 ENCODERS: dict[str, Any] = {
@@ -39,6 +42,25 @@ ENCODERS: dict[str, Any] = {
 KEYS = ["video_id", "clip", "modality"]
 CONTENT = ["spans", "frames", "audio"]
 """Columns of ``modalities`` that encoders see."""
+
+_WORK = pa.schema(
+    [
+        ("video_id", pa.string()),
+        ("video_fingerprint", pa.string()),
+        ("row_ids", pa.list_(pa.uint64())),
+        ("fingerprints", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What encode has to do: a row a clip, with Lance row ids and fingerprints of its stale modalities."""
+
+    rows: pa.Table
+    difference: Difference
+    num_quarantined: int
+    num_waiting: int
 
 
 def encode(job: Job, dry_run: bool = False) -> None:
@@ -54,8 +76,12 @@ def encode(job: Job, dry_run: bool = False) -> None:
     config = job.config.encode
     with job.timed("encode"):
         table = token_table(config.encoder)
-        work, difference = plan(job.store, config)
-        job.summary.counts.update(encode=work.num_rows)
+        planned = plan(job.store, config, job.quarantine())
+        work, difference, counts = planned.rows, planned.difference, job.summary.counts
+        counts.update(encode=work.num_rows)
+        counts["quarantined"] += planned.num_quarantined
+        counts["waiting"] += planned.num_waiting
+        counts["worked_on"] = max(counts["worked_on"], len(set(work["video_id"].to_pylist())))
         if dry_run:
             return
         if work.num_rows:
@@ -78,8 +104,8 @@ def encoder_fingerprint(config: EncodeConfig) -> str:
     return fingerprint(of_encoder, pooling.VERSION, config.pool_tokens.model_dump())
 
 
-def plan(store: Store, config: EncodeConfig) -> tuple[pa.Table, Difference]:
-    """Return the clips to encode (Lance row ids and fingerprints of their stale modalities), and the difference."""
+def plan(store: Store, config: EncodeConfig, quarantine: Quarantine) -> Work:
+    """Return the clips to encode."""
     of_encoder = encoder_fingerprint(config)
     joint = ENCODERS[config.encoder].joint_of(**config.parameters())
     rows = store.rows(MODALITIES, [*KEYS, "fingerprint"])
@@ -89,12 +115,29 @@ def plan(store: Store, config: EncodeConfig) -> tuple[pa.Table, Difference]:
     clips: dict[tuple[str, int], list[tuple[int, str]]] = defaultdict(list)
     for row in difference.missing.to_pylist():
         clips[row["video_id"], row["clip"]].append((row["_rowid"], row["fingerprint"]))
+    videos = _video_fingerprints(rows, {video_id for video_id, _ in clips})
+    held, now = {v for v, value in videos.items() if quarantine.holds(v, {STAGE: value})}, time.time()
+    waiting = {v for v, value in videos.items() if v not in held and quarantine.waits(v, {STAGE: value}, now)}
     work = [
-        {"row_ids": [row_id for row_id, _ in of_clip], "fingerprints": [value for _, value in of_clip]}
-        for _, of_clip in sorted(clips.items())
+        {
+            "video_id": video_id,
+            "video_fingerprint": videos[video_id],
+            "row_ids": [row_id for row_id, _ in of_clip],
+            "fingerprints": [value for _, value in of_clip],
+        }
+        for (video_id, _), of_clip in sorted(clips.items())
+        if video_id not in held | waiting
     ]
-    work_schema = pa.schema([("row_ids", pa.list_(pa.uint64())), ("fingerprints", pa.list_(pa.string()))])
-    return pa.Table.from_pylist(work, schema=work_schema), difference
+    return Work(pa.Table.from_pylist(work, schema=_WORK), difference, len(held), len(waiting))
+
+
+def _video_fingerprints(rows: pa.Table, video_ids: set[str]) -> dict[str, str]:
+    """Return what stands for all embeddings that are to be made of each video."""
+    own = rows.filter(pc.is_in(rows["video_id"], value_set=pa.array(sorted(video_ids), pa.string())))
+    values: dict[str, list[str]] = defaultdict(list)
+    for video_id, value in zip(own["video_id"].to_pylist(), own["fingerprint"].to_pylist(), strict=True):
+        values[video_id].append(value)
+    return {video_id: fingerprint(sorted(of_video)) for video_id, of_video in values.items()}
 
 
 def _with_output_fingerprints(rows: pa.Table, of_encoder: str, joint: bool) -> pa.Table:
@@ -169,6 +212,8 @@ def _run(job: Job, work: pa.Table, table: str, dim: int) -> None:
     committer.flush()
     job.summary.tokens.update(committer.tally.counts)
     job.summary.add(committer.tally)
+    failed = {failure["video_id"] for failure in committer.tally.failures}
+    forget_failures(job, {(video_id, STAGE) for video_id in work["video_id"].to_pylist() if video_id not in failed})
 
 
 def plan_pool(config: EncodeConfig, num_cpus: float, num_clips: int) -> Pool:
@@ -193,18 +238,21 @@ def read_clips(work: pa.Table, store: Store, version: int) -> pa.Table:
     row_ids = [row_id for clip in clips for row_id in clip["row_ids"]]
     columns = [*KEYS, "start_seconds", "stop_seconds", *CONTENT]
     rows = iter(store.take(MODALITIES, version, row_ids, columns).to_pylist())
-    return pa.Table.from_pylist([_clip(rows, clip["fingerprints"]) for clip in clips], schema=CLIP_MODALITIES)
+    return pa.Table.from_pylist([_clip(rows, clip) for clip in clips], schema=CLIP_MODALITIES)
 
 
-def _clip(rows: Any, fingerprints: list[str]) -> Mapping[str, Any]:
-    of_clip = [next(rows) | {"fingerprint": value} for value in fingerprints]
+def _clip(rows: Any, work: Mapping[str, Any]) -> Mapping[str, Any]:
+    of_clip = [next(rows) | {"fingerprint": value} for value in work["fingerprints"]]
     return {name: of_clip[0][name] for name in ("video_id", "clip", "start_seconds", "stop_seconds")} | {
-        "modalities": [{name: row[name] for name in ("modality", "fingerprint", *CONTENT)} for row in of_clip]
+        "video_fingerprint": work["video_fingerprint"],
+        "modalities": [{name: row[name] for name in ("modality", "fingerprint", *CONTENT)} for row in of_clip],
     }
 
 
 def _token_rows(batch: pa.Table) -> pa.Table:
-    return batch.drop_columns(["timings"])
+    """Return rows of the token embedding table; those of clips that failed have none."""
+    done = batch.filter(pc.equal(pc.list_value_length(batch["failures"]), 0))
+    return done.drop_columns(["timings", "failures", "fingerprints"])
 
 
 def _count_tokens(rows: pa.Table) -> Counter[str]:

@@ -161,13 +161,12 @@ def _videos(store: Store, fingerprints: Fingerprints) -> pa.Table:
     return found
 
 
-_FINGERPRINTS = pa.list_(pa.struct([("stage", pa.string()), ("fingerprint", pa.string())]))
 _WORK = pa.schema(
     [
         ("row_id", pa.uint64()),
         ("has_file", pa.bool_()),
         ("wanted", pa.list_(pa.string())),
-        ("fingerprints", _FINGERPRINTS),
+        ("fingerprints", pa.list_(schema.STAGE_FINGERPRINT)),
     ]
 )
 

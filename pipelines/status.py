@@ -32,18 +32,15 @@ def status(config: Config) -> dict[str, Any]:
     """
     store = open_store(config)
     store.open(VIDEOS)
-    work = extract.plan(
-        store,
-        config.extract,
-        extract.Fingerprints(config.extract),
-        Quarantine.load(store, config.retries.max_attempts, config.retries.wait_seconds),
-    )
-    clips, _ = encode.plan(store, config.encode)
+    quarantine = Quarantine.load(store, config.retries.max_attempts, config.retries.wait_seconds)
+    videos = extract.plan(store, config.extract, extract.Fingerprints(config.extract), quarantine)
+    clips = encode.plan(store, config.encode, quarantine)
+    quarantined = videos.num_quarantined + clips.num_quarantined
     failed = list_failures(config)
     return {
         "store": store.uri,
         "tables": _tables(store, config),
-        "stale": {"extract": work.rows.num_rows, "encode": clips.num_rows, "quarantined": work.num_quarantined},
+        "stale": {"extract": videos.rows.num_rows, "encode": clips.rows.num_rows, "quarantined": quarantined},
         "failures": dict(Counter(f"{failure['stage']}: {failure['error']}" for failure in failed).most_common()),
         "release": _release(store),
         "held_by": _holder(store),

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 import pipelines
+from cluster.freshness import Quarantine
 from cluster.index_store import FORMAT
 from cluster.shards import clip_rows
 from cluster.store import Store, token_table
@@ -162,8 +163,8 @@ def look(store: Store, base: EncodeConfig, most: PoolTokens) -> Stored:
 
 
 def _num_stale(store: Store, encode: EncodeConfig) -> int:
-    work, difference = plan(store, encode)
-    return int(work.num_rows) + len(difference.surplus_row_ids)
+    work = plan(store, encode, Quarantine.load(store, max_attempts=1, wait_seconds=0))  # what failed is not waited for
+    return int(work.rows.num_rows) + len(work.difference.surplus_row_ids)
 
 
 def largest_budgets(cells: Sequence[Cell]) -> PoolTokens:

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cluster.freshness import Quarantine
 from cluster.store import MODALITIES, VIDEOS
 from operators import schema, weights
 from operators.encode import Encode
@@ -79,8 +80,8 @@ class Ears:
 
 def hear(corpus):
     """Return what an encoder is given as sound: {(video, clip, modality): audio}."""
-    work, _ = plan(corpus.store, corpus.config().encode)
-    clips = read_clips(work, corpus.store, corpus.store.open(MODALITIES).version)
+    work = plan(corpus.store, corpus.config().encode, Quarantine({}, 1, 0))
+    clips = read_clips(work.rows, corpus.store, corpus.store.open(MODALITIES).version)
     ears = Ears()
     Encode(lambda: ears, "ears", {}, {})(clips)
     keys = [(row["video_id"], row["clip"], m["modality"]) for row in clips.to_pylist() for m in row["modalities"]]

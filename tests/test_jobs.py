@@ -11,12 +11,14 @@ import pytest
 from cluster.index_store import read_codec
 from cluster.searchers import Fleet, SearchOptions, SegmentHolder
 from cluster.store import FAILURES, MODALITIES, RUNS, STORAGE_VERSION, VIDEOS
+from operators.encoder_lexical import LexicalEncoder
 from operators.encoders import Query
 from operators.errors import ConfigError, ModelError, ScheduleError, StorageError, TooManyFailuresError
 from operators.maxsim import make_scorer
 from operators.schema import MODALITIES as MODALITY_NAMES
 from pipelines import build_index as build_index_module
 from pipelines import evaluate as evaluation
+from pipelines.encode import ENCODERS
 from pipelines.evaluation_folder import save
 from pipelines.release import open_release
 from pipelines.search import Wanted, search
@@ -61,6 +63,30 @@ def test_ingest_learns_what_the_file_declares(indexed):
     assert (by_id["v0"]["width"], by_id["v0"]["height"], by_id["v0"]["has_audio"]) == (64, 48, False)
     assert by_id["v0"]["duration_seconds"] == pytest.approx(1.0, abs=0.05)
     assert by_id["broken"]["duration_seconds"] is None
+
+
+def test_a_clip_that_the_encoder_fails_on_costs_itself_until_it_changes(fresh, monkeypatch):
+    class Fussy(LexicalEncoder):
+        def encode_documents(self, clips):
+            if any("moon" in span["text"] for clip in clips for content in clip.values() for span in content.spans):
+                raise RuntimeError("what is a moon?")
+            return super().encode_documents(clips)
+
+    settings = ["max_failure_rate=0.9", "retries.max_attempts=2"]
+    monkeypatch.setitem(ENCODERS, "lexical", Fussy)
+    fresh.index(*settings)
+    failed = {row["video_id"]: row for row in fresh.table(FAILURES) if row["stage"] == "encode"}
+    assert set(failed) == {"v2", "v3"}
+    assert (failed["v2"]["error"], failed["v2"]["message"]) == ("RuntimeError", "clip 0: what is a moon?")
+    assert {row["video_id"] for row in fresh.table(fresh.tokens)} == {"v0", "v1", "v4", "broken"}
+    assert fresh.index(*settings).summary.counts["encode"] == 2, "it may have been bad luck"
+    counts = fresh.index(*settings).summary.counts
+    assert (counts["encode"], counts["quarantined"]) == (0, 3), "twice was enough"
+
+    fresh.rows[2]["title"] = "green cat"
+    assert fresh.index(*settings).summary.counts["encode"] == 1
+    assert {row["video_id"] for row in fresh.table(FAILURES)} == {"v3", "broken"}
+    assert "v2" in {row["video_id"] for row in fresh.table(fresh.tokens)}
 
 
 def test_token_embeddings_have_unit_length_and_a_span_each(indexed):
