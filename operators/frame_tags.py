@@ -53,17 +53,10 @@ class FrameTags:
         num_threads: int = 1,
     ) -> None:
         import torch
-        from efficientnet_lite_pytorch import EfficientNet
         from torchvision.models._meta import _IMAGENET_CATEGORIES
 
         torch.set_num_threads(num_threads)
-        file = _weights_file(model)
-        self._network = EfficientNet.from_name("efficientnet-lite0")
-        try:
-            self._network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        except RuntimeError as error:
-            raise ModelError(f"{file} does not hold the weights of EfficientNet-Lite0: {error}") from error
-        self._network.eval()
+        self._network = load_efficientnet(model)
         self._names: list[str] = list(_IMAGENET_CATEGORIES)
         self._top_k, self._min_probability = top_k, min_probability
 
@@ -94,6 +87,26 @@ class FrameTags:
             ]
             for indices, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
+
+
+def load_efficientnet(model: str) -> Any:
+    """Return EfficientNet-Lite0 in evaluation mode.
+
+    Raises
+    ------
+    ModelError
+        If the weights are missing or do not fit the network.
+    """
+    import torch
+    from efficientnet_lite_pytorch import EfficientNet
+
+    file = _weights_file(model)
+    network = EfficientNet.from_name("efficientnet-lite0")
+    try:
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except RuntimeError as error:
+        raise ModelError(f"{file} does not hold the weights of EfficientNet-Lite0: {error}") from error
+    return network.eval()
 
 
 def _weights_file(model: str) -> Path:
