@@ -12,9 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-CROSS_ATTENTION_LENGTH = 32
-"""Text hidden states that patches attend to: the first ones, as PreFLMR was trained."""
-
 
 class MappingNetwork(nn.Module):
     """Linear, tanh, linear: one vector of a picture becomes ``num_tokens`` token embeddings.
@@ -58,10 +55,19 @@ class TransformerMapping(nn.Module):
         Width of a token embedding.
     layers, heads, intermediate
         Of the transformer; PreFLMR has one layer of BERT-base. ``intermediate`` is 4 H unless given.
+    cross_attention_length
+        Text hidden states that are attended to: the first ones.
     """
 
     def __init__(
-        self, vision_dim: int, hidden: int, dim: int, layers: int = 1, heads: int = 12, intermediate: int | None = None
+        self,
+        vision_dim: int,
+        hidden: int,
+        dim: int,
+        layers: int = 1,
+        heads: int = 12,
+        intermediate: int | None = None,
+        cross_attention_length: int = 32,
     ) -> None:
         from transformers import BertConfig
         from transformers.models.bert.modeling_bert import BertEncoder
@@ -80,6 +86,7 @@ class TransformerMapping(nn.Module):
         self.input_linear = nn.Linear(vision_dim, hidden)
         self.network = BertEncoder(config)
         self.output_linear = nn.Linear(hidden, dim)
+        self._length = cross_attention_length
 
     def forward(self, patches: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Return (B, P, dim) token embeddings, not normalised.
@@ -89,11 +96,11 @@ class TransformerMapping(nn.Module):
         patches : (B, P, V), float32
             Of the vision tower's penultimate layer.
         text : (B, T, H), float32
-            Hidden states of the text tower; the first 32 are attended to.
+            Hidden states of the text tower.
         text_mask : (B, T), bool
             True where a hidden state is there.
         """
-        text, text_mask = text[:, :CROSS_ATTENTION_LENGTH], text_mask[:, :CROSS_ATTENTION_LENGTH]
+        text, text_mask = text[:, : self._length], text_mask[:, : self._length]
         states = self.input_linear(patches)
         # Without a mask of their own, transformers would let a decoder's patches see only those before them; in the
         # release that PreFLMR was trained with they saw all.
@@ -115,7 +122,7 @@ class PreflmrVision(nn.Module):
     ----------
     vision_dim, dim, num_tokens
         Of the `MappingNetwork`.
-    hidden, layers, heads, intermediate
+    hidden, layers, heads, intermediate, cross_attention_length
         Of the `TransformerMapping`.
     """
 
@@ -128,10 +135,13 @@ class PreflmrVision(nn.Module):
         layers: int = 1,
         heads: int = 12,
         intermediate: int | None = None,
+        cross_attention_length: int = 32,
     ) -> None:
         super().__init__()
         self.mapping = MappingNetwork(vision_dim, dim, num_tokens)
-        self.transformer = TransformerMapping(vision_dim, hidden, dim, layers, heads, intermediate)
+        self.transformer = TransformerMapping(
+            vision_dim, hidden, dim, layers, heads, intermediate, cross_attention_length
+        )
 
     def forward(self, vectors: Tensor, patches: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Return (B, num_tokens + P, dim) token embeddings, not normalised; arguments as of the two modules."""

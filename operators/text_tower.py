@@ -125,8 +125,8 @@ class TextTower:
         given.
     attends_to_masks
         Whether tokens attend to the ``[MASK]`` that queries are filled up with; the checkpoint's own unless given.
-    document_prefix, document_suffix
-        Tokens put around each piece of a document, such as FLMR's ``<BOK>`` and ``<EOK>``.
+    document_markers
+        Tokens put around each piece of a document where the vocabulary knows them, such as FLMR's ``<BOK>``, ``<EOK>``.
     batch_tokens
         Padded tokens in one forward pass.
 
@@ -157,12 +157,11 @@ class TextTower:
         query_length: int | None = None,
         document_length: int | None = None,
         attends_to_masks: bool | None = None,
-        document_prefix: Sequence[str] = (),
-        document_suffix: Sequence[str] = (),
+        document_markers: tuple[str, str] | None = None,
         batch_tokens: int = 8192,
     ) -> None:
         import torch
-        from transformers import AutoTokenizer, BertModel
+        from transformers import BertModel
 
         torch.set_num_threads(num_threads)
         checkpoint = read_text(model) if isinstance(model, str) else model
@@ -176,7 +175,7 @@ class TextTower:
             add_pooling_layer=False,
         ).to(device)
         self._linear = None if checkpoint.linear is None else checkpoint.linear.float().to(device)
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.tokenizer)
+        self._tokenizer = _open_tokenizer(checkpoint.tokenizer)
         self._device, self._batch_tokens = device, batch_tokens
         self.is_colbert = self._linear is not None
         self.hidden_size = int(checkpoint.config.hidden_size)
@@ -184,12 +183,12 @@ class TextTower:
         self.query_length = query_length or checkpoint.query_length
         self._document_length = document_length or checkpoint.document_length
         self._attends_to_masks = checkpoint.attends_to_masks if attends_to_masks is None else attends_to_masks
-        self._around = self.ids_of(document_prefix), self.ids_of(document_suffix)
+        self._around = self.ids_of(document_markers if document_markers and self.knows(document_markers[0]) else ())
         self._skipped = self._punctuation() if self.is_colbert else np.zeros(0, np.int64)
         room = checkpoint.config.max_position_embeddings
         for name, length, around in (
             ("query_length", self.query_length, 3),
-            ("document_length", self._document_length, 3 + len(self._around[0]) + len(self._around[1])),
+            ("document_length", self._document_length, 3 + len(self._around)),
         ):
             if not around < length <= room:
                 raise ConfigError(
@@ -209,18 +208,18 @@ class TextTower:
         names: list[str] = self._tokenizer.convert_ids_to_tokens(row.ids.tolist())
         return names
 
-    def query_rows(self, texts: Sequence[str]) -> list[TokenRow]:
+    def query_rows(self, texts: Sequence[str], filled: bool = True) -> list[TokenRow]:
         """Return what goes into the model for each query: cut to `query_length`, and with ColBERT filled up to it."""
         rows = []
         for ids, offsets in self._tokenized(texts):
             room = self.query_length - (3 if self.is_colbert else 2)
             row = self._row(ids[:room], offsets[:room], QUERY_MARKER, np.zeros(0, np.int64))
-            rows.append(self._filled_up(row) if self.is_colbert else row)
+            rows.append(self._filled_up(row) if filled and self.is_colbert else row)
         return rows
 
-    def encode_queries(self, texts: Sequence[str]) -> list[TextStates]:
+    def encode_queries(self, texts: Sequence[str], filled: bool = True) -> list[TextStates]:
         """Return token embeddings and hidden states for each query; an empty one still has its special tokens."""
-        rows = self.query_rows(texts)
+        rows = self.query_rows(texts, filled)
         return [
             TextStates(row, embeddings, hidden)
             for row, (embeddings, hidden) in zip(rows, self._encode(rows), strict=True)
@@ -251,8 +250,8 @@ class TextTower:
         ]
 
     def _pieces(self, ids: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> list[TokenRow]:
-        prefix, suffix = self._around
-        room = self._document_length - len(prefix) - len(suffix) - (3 if self.is_colbert else 2)
+        prefix, suffix = self._around[:1], self._around[1:]
+        room = self._document_length - len(self._around) - (3 if self.is_colbert else 2)
         return [
             self._row(
                 np.concatenate([prefix, ids[start : start + room], suffix]),
@@ -362,3 +361,13 @@ def read_colbert_settings(folder: Path) -> dict[str, Any]:
     file = folder / "artifact.metadata"
     settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return settings
+
+
+def _open_tokenizer(folder: Path) -> Any:
+    """Return a folder's tokenizer; FLMR's own classes are BERT's with another ``__call__``, which is not used here."""
+    from transformers import AutoTokenizer, BertTokenizer
+
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    is_flmr = str(settings.get("tokenizer_class")).startswith("FLMR")
+    return (BertTokenizer if is_flmr else AutoTokenizer).from_pretrained(folder)

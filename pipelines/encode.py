@@ -24,7 +24,9 @@ from cluster.store import MODALITIES, Store, token_table
 from operators import pooling, schema
 from operators.encode import CLIP_MODALITIES, STAGE, Encode
 from operators.encoder_clamr import ClamrEncoder
+from operators.encoder_flmr import FlmrEncoder, PreflmrEncoder
 from operators.encoder_lexical import LexicalEncoder
+from operators.encoder_mire import MireEncoder
 from operators.encoder_multivector import MultiVectorModel
 from operators.encoder_offline import OfflineEncoder
 from operators.fingerprint import fingerprint
@@ -37,6 +39,9 @@ ENCODERS: dict[str, Any] = {
     "multivector": MultiVectorModel,
     "lexical": LexicalEncoder,
     "clamr": ClamrEncoder,
+    "flmr": FlmrEncoder,
+    "preflmr": PreflmrEncoder,
+    "mire": MireEncoder,
 }
 
 KEYS = ["video_id", "clip", "modality"]

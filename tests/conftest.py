@@ -115,3 +115,12 @@ def tiny_clamr_omni(tmp_path_factory):
     from tests.tiny_qwen import save_omni
 
     return save_omni(tmp_path_factory.mktemp("clamr_omni"))
+
+
+@pytest.fixture(scope="session")
+def tiny_flmr(tmp_path_factory):
+    """Tiny CLIP, ColBERT, FLMR, PreFLMR, MIRe and heads with random weights, saved as the released ones are."""
+    import operators  # noqa: F401  (torchvision's shim, before transformers needs it)
+    from tests.tiny_flmr import build
+
+    return build(tmp_path_factory.mktemp("flmr"))

@@ -20,6 +20,17 @@ MODELS_OF_OPERATORS = {
     "clamr_checkpoint",
     "clamr_model",
     "adapters",
+    "encoder_towers",
+    "encoder_flmr",
+    "encoder_mire",
+    "flmr_checkpoint",
+    "mire_checkpoint",
+    "towers",
+    "text_tower",
+    "vision_tower",
+    "mapping_network",
+    "attentive_pooling",
+    "heads",
     "encode",
 }
 
