@@ -298,7 +298,7 @@ class TextTower:
             ids, attended = np.full(shape, self._tokenizer.pad_token_id), np.zeros(shape, dtype=np.int64)
             for place, i in enumerate(batch):
                 ids[place, : len(rows[i].ids)], attended[place, : len(rows[i].ids)] = rows[i].ids, rows[i].attended
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference mode: heads are trained on what comes out
                 hidden = self._model(
                     input_ids=to_device(torch.from_numpy(ids), self._device),
                     attention_mask=to_device(torch.from_numpy(attended), self._device),

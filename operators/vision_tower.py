@@ -108,7 +108,7 @@ class VisionTower:
         """
         import torch
 
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: heads are trained on what comes out
             vectors, patches = self._network(pictures)
         return vectors.float(), patches.float()
 

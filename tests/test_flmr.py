@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from operators.encoder_flmr import FlmrEncoder, PreflmrEncoder
 from operators.encoders import Content, Query
 from operators.errors import ConfigError, ModelError
+from operators.heads import build_head, save_head
 from operators.text_based_vision import (
     SeenObject,
     choose_regions,
@@ -19,15 +20,19 @@ from operators.text_based_vision import (
     render_vision,
     without_markers,
 )
+from operators.text_tower import TextTower
+from operators.vision_tower import VisionTower
 from pipelines.config import EncodeConfig, FlmrConfig, PreflmrConfig
 from tests.tiny_flmr import (
     DIM,
+    HIDDEN,
     MARKERS,
     PATCHES,
     QUERY_LENGTH,
     TOKENS,
     VISION,
     WORDS,
+    head_config,
     opened,
     picture,
     processor,
@@ -216,6 +221,37 @@ def test_preflmr_documents_have_their_own_text_encoder_and_mapped_frames(tiny_fl
     np.testing.assert_allclose(clip["frame"].embeddings, unit(of_frame), atol=1e-5)
 
 
+def test_preflmr_of_parts_and_of_a_plain_bert(tiny_flmr, tmp_path):
+    towers = {"text_model": tiny_flmr.colbert, "vision_model": tiny_flmr.clip, "head": tiny_flmr.head_preflmr}
+    encoder = PreflmrEncoder(**PreflmrConfig(**towers, instruction="find the cat").model_dump())
+    [got] = encoder.encode_queries([Query("what", picture(0))])
+    numbers = ids("[CLS] [unused0] find the cat : what [SEP]", QUERY_LENGTH)
+    hidden, tokens = of_text(tiny_flmr.modules["bert"], tiny_flmr.modules["linear"], numbers, 8)
+    expected = torch.cat([tokens[COUNTED], preflmr_vision(tiny_flmr, hidden, opened(picture(0)))])
+    np.testing.assert_allclose(got, unit(expected), atol=1e-5)
+
+    plain = altered(
+        tiny_flmr.colbert, tmp_path / "bert", lambda t: t.pop("linear.weight"), lambda c: c.pop("architectures")
+    )
+    config = head_config("preflmr") | {"dim": HIDDEN}
+    save_head(tmp_path / "head", config, build_head(config))
+    towers |= {"text_model": plain, "head": str(tmp_path / "head")}
+    encoder = PreflmrEncoder(**PreflmrConfig(**towers, instruction="find the cat").model_dump())
+    assert encoder.query_tokens(Query("what dog")) == ["what", "dog"]
+    short, long = Query("what", picture(0)), Query("what dog on the mat", picture(1))
+    for one, both in zip((short, long), encoder.encode_queries([short, long]), strict=True):
+        np.testing.assert_allclose(encoder.encode_queries([one])[0], both, atol=1e-5)
+
+
+def test_heads_can_be_trained_on_what_the_towers_give(tiny_flmr):
+    """Tensors of inference mode could not be."""
+    vectors, patches = VisionTower(tiny_flmr.clip).features([opened(picture(0))])
+    [query] = TextTower(tiny_flmr.colbert).encode_queries(["what"])
+    head = build_head(head_config("preflmr"))
+    head(vectors, patches, query.hidden[None], torch.ones(1, QUERY_LENGTH, dtype=torch.bool)).sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
 def test_an_instruction_with_a_colon_inside_is_refused(tiny_flmr):
     with pytest.raises(ConfigError, match="holds ':'"):
         PreflmrEncoder(**preflmr_parameters(tiny_flmr.preflmr) | {"instruction": "find: this"})
@@ -290,8 +326,6 @@ def test_frames_as_words_or_not_at_all(tiny_flmr):
 
 
 def test_the_packaged_towers_work_with_a_head(tmp_path):
-    from operators.heads import build_head, save_head
-
     config = {"system": "flmr", "vision_dim": 1280, "dim": 384, "num_tokens": 2}
     save_head(tmp_path, config, build_head(config))
     encoder = FlmrEncoder(**FlmrConfig(head=str(tmp_path)).model_dump())
@@ -316,8 +350,6 @@ def test_without_a_head_it_says_how_to_come_by_one(tiny_flmr):
 
 
 def test_a_head_of_other_widths_is_refused(tiny_flmr, tmp_path):
-    from operators.heads import build_head, save_head
-
     config = {"system": "flmr", "vision_dim": VISION, "dim": DIM + 1, "num_tokens": 2}
     save_head(tmp_path, config, build_head(config))
     with pytest.raises(ModelError, match="'dim': 9"):
