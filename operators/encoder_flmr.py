@@ -267,7 +267,7 @@ class PreflmrEncoder(FlmrEncoder):
     Raises
     ------
     ConfigError
-        If the instruction holds the colon that is to end it.
+        If the instruction holds the colon that is to end it, or leaves no room for a text.
     """
 
     NAME = "preflmr"
@@ -277,6 +277,12 @@ class PreflmrEncoder(FlmrEncoder):
         self._instruction = instruction.strip().removesuffix(":").rstrip()
         if self._separator is not None and self._separator in self._instruction:
             raise ConfigError(f"the instruction {instruction!r} holds {self._separator!r}, which ends it; leave it out")
+        [alone], [asked] = (self._queries.query_rows([self._words(Query(text))], False) for text in ("", "a"))
+        if len(asked.ids) == len(alone.ids):
+            raise ConfigError(
+                f"the instruction {instruction!r} fills all of {self._queries.query_length} tokens of a query; shorten it "
+                "or raise query_length"
+            )
 
     def _has_text(self, query: Query) -> bool:
         return True
@@ -285,11 +291,10 @@ class PreflmrEncoder(FlmrEncoder):
         return f"{self._instruction}{self._separator or ':'} {super()._words(query)}"
 
     def _counts(self, row: TokenRow) -> Any:
-        places = np.arange(len(row.ids))
         if self._separator is None:
-            return np.ones(len(row.ids), dtype=bool)
-        ends = np.flatnonzero(row.ids == self._queries.ids_of([self._separator])[0])
-        end = ends[0] if len(ends) else len(row.ids)
+            return super()._counts(row)
+        places = np.arange(len(row.ids))
+        end = np.argmax(row.ids == self._queries.ids_of([self._separator])[0])
         return (places > end) | (places < (MARKER_TOKENS if self._queries.is_colbert else 1))
 
     def _visual_names(self) -> list[str]:

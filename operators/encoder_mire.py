@@ -159,13 +159,13 @@ class MireEncoder(TowerEncoder):
         encoded = self._documents.encode_queries([words[i] for i in places])
         states = {i: self._spoken(of_query) for i, of_query in zip(places, encoded, strict=True)}
         tokens: list[list[Floats]] = [[] for _ in queries]
+        pictures = [(i, query.image) for i, query in enumerate(queries) if query.image]
 
-        def encode(batch: Sequence[int]) -> list[Floats]:
-            pictures = [open_picture(queries[i].image or b"") for i in batch]
-            return list(normalised(self._visual(pictures, [states.get(i, self._guide) for i in batch])))
+        def encode(batch: Sequence[Any]) -> list[Floats]:
+            opened = [open_picture(image) for _, image in batch]
+            return list(normalised(self._visual(opened, [states.get(i, self._guide) for i, _ in batch])))
 
-        with_picture = [i for i, query in enumerate(queries) if query.image]
-        for i, of_picture in zip(with_picture, in_batches(with_picture, self._batch_pictures, encode), strict=True):
+        for (i, _), of_picture in zip(pictures, in_batches(pictures, self._batch_pictures, encode), strict=True):
             tokens[i].append(of_picture)
         for i, of_text in states.items():
             tokens[i].append(kept_of(of_text))

@@ -252,9 +252,12 @@ def test_heads_can_be_trained_on_what_the_towers_give(tiny_flmr):
     assert all(parameter.grad is not None for parameter in head.parameters())
 
 
-def test_an_instruction_with_a_colon_inside_is_refused(tiny_flmr):
-    with pytest.raises(ConfigError, match="holds ':'"):
-        PreflmrEncoder(**preflmr_parameters(tiny_flmr.preflmr) | {"instruction": "find: this"})
+@pytest.mark.parametrize(
+    ("instruction", "complaint"), [("find: this", "holds ':'"), ("find the cat on the mat it is a", "fills all of 12")]
+)
+def test_an_instruction_that_cannot_be_told_from_the_text_is_refused(tiny_flmr, instruction, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        PreflmrEncoder(**preflmr_parameters(tiny_flmr.preflmr) | {"instruction": instruction})
 
 
 QUERIES = [
