@@ -294,6 +294,23 @@ class MireConfig(TowersConfig):
     padding: Literal["dropped", "attended", "leaked"] = "dropped"
 
 
+class ColpaliConfig(_Model):
+    """The ``colpali`` encoder: a ColPali, ColQwen2, ColModernVBert or NeoMME checkpoint of transformers' own classes.
+
+    ``frames=video`` is for ColQwen2 alone. ``max_pixels`` of a frame takes the place of the processor's own limit.
+    ``prompt_tokens`` keeps the tokens of the instruction, as the papers score documents.
+    """
+
+    model: str = "vidore/colqwen2-v1.0-hf"
+    frames: Literal["images", "video"] = "images"
+    text: Literal["encode", "skip"] = "encode"
+    max_text_tokens: int = Field(512, ge=8)
+    max_pixels: int | None = Field(None, ge=28 * 28)
+    prompt_tokens: bool = False
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+
+
 class EncodeResources(_Model):
     """Speed, not output."""
 
@@ -314,7 +331,7 @@ class PoolTokens(_Model):
     metadata: int = Field(128, ge=0)
 
 
-EncoderName = Literal["offline", "multivector", "lexical", "clamr", "flmr", "preflmr", "mire"]
+EncoderName = Literal["offline", "multivector", "lexical", "clamr", "colpali", "flmr", "preflmr", "mire"]
 
 
 class EncodeConfig(_Model):
@@ -328,6 +345,7 @@ class EncodeConfig(_Model):
     flmr: FlmrConfig = FlmrConfig()
     preflmr: PreflmrConfig = PreflmrConfig()
     mire: MireConfig = MireConfig()
+    colpali: ColpaliConfig = ColpaliConfig()
     pool_tokens: PoolTokens = PoolTokens()
     resources: EncodeResources = EncodeResources()
 

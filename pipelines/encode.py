@@ -24,6 +24,7 @@ from cluster.store import MODALITIES, Store, token_table
 from operators import pooling, schema
 from operators.encode import CLIP_MODALITIES, STAGE, Encode
 from operators.encoder_clamr import ClamrEncoder
+from operators.encoder_colpali import ColpaliEncoder
 from operators.encoder_flmr import FlmrEncoder, PreflmrEncoder
 from operators.encoder_lexical import LexicalEncoder
 from operators.encoder_mire import MireEncoder
@@ -42,6 +43,7 @@ ENCODERS: dict[str, Any] = {
     "flmr": FlmrEncoder,
     "preflmr": PreflmrEncoder,
     "mire": MireEncoder,
+    "colpali": ColpaliEncoder,
 }
 
 KEYS = ["video_id", "clip", "modality"]

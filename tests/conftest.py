@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -124,3 +125,12 @@ def tiny_flmr(tmp_path_factory):
     from tests.tiny_flmr import build
 
     return build(tmp_path_factory.mktemp("flmr"))
+
+
+@pytest.fixture(scope="session")
+def tiny_colpali(tmp_path_factory):
+    """Return the folder of a family's checkpoint (`tests.tiny_colpali.FAMILIES`), made when it is first asked for."""
+    from tests.tiny_colpali import save
+
+    folder = tmp_path_factory.mktemp("colpali")
+    return functools.cache(lambda family: save(family, folder / family))

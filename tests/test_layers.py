@@ -31,6 +31,7 @@ MODELS_OF_OPERATORS = {
     "mapping_network",
     "attentive_pooling",
     "heads",
+    "encoder_colpali",
     "encode",
 }
 
