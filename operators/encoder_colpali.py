@@ -74,7 +74,6 @@ class Family:
     patches: Callable[[Any, Any], Any]
     grids: Callable[[Any, Mapping[str, Any], Any], list[tuple[int, int] | None]]
     limit_pixels: Callable[[Any, int], None] | None = None
-    takes_video: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,9 @@ class ColpaliEncoder:
         Of a frame, in place of the processor's own limit. ColModernVBert sees whole tiles, one at least.
     prompt_tokens
         Keep the tokens of the instruction too, as the papers score documents; then there is no patch grid.
+    positions
+        Of ColQwen2's patches: ``native``, as transformers' forward has them, one after another like words; or ``mrope``,
+        by time, row and column, as the backbone and colpali-engine, which trained the released models, have them.
     precision
         ``float32`` or ``bfloat16``.
     attention
@@ -137,7 +139,7 @@ class ColpaliEncoder:
     ModelError
         If the model is of another type, or its checkpoint incomplete.
     ConfigError
-        If the model cannot do what ``frames`` or ``max_pixels`` ask for.
+        If the model cannot do what ``frames``, ``positions`` or ``max_pixels`` ask for.
     """
 
     VERSION = "1"
@@ -150,6 +152,7 @@ class ColpaliEncoder:
         max_text_tokens: int = 512,
         max_pixels: int | None = None,
         prompt_tokens: bool = False,
+        positions: str = "native",
         precision: str = "bfloat16",
         attention: str = "sdpa",
         batch_tokens: int = 8192,
@@ -160,7 +163,7 @@ class ColpaliEncoder:
         import transformers
 
         torch.set_num_threads(num_threads)
-        self._family = _family_of(model, frames, max_pixels)
+        self._family = _family_of(model, frames, positions, max_pixels)
         self._processor = _load_processor(getattr(transformers, self._family.processor), model)
         self._tokenizer = self._processor.tokenizer
         self._tokenizer.padding_side = "right"
@@ -173,7 +176,7 @@ class ColpaliEncoder:
             dtype=getattr(torch, precision),
             attn_implementation=attention,
         ).to(device)
-        self._frames, self._text, self._prompt_tokens = frames, text, prompt_tokens
+        self._frames, self._text, self._prompt_tokens, self._positions = frames, text, prompt_tokens, positions
         self._max_text_tokens, self._batch_tokens, self._num_threads = max_text_tokens, batch_tokens, num_threads
         self._frame_lengths: dict[tuple[int, int], int] = {}
         self.dim = int(self._model.config.embedding_dim)
@@ -187,6 +190,7 @@ class ColpaliEncoder:
         max_text_tokens: int = 512,
         max_pixels: int | None = None,
         prompt_tokens: bool = False,
+        positions: str = "native",
         precision: str = "bfloat16",
         **_: Any,
     ) -> str:
@@ -197,8 +201,8 @@ class ColpaliEncoder:
         ModelError, ConfigError
             As the constructor, weights aside.
         """
-        _family_of(model, frames, max_pixels)
-        settings = frames, text, max_text_tokens, max_pixels, prompt_tokens, precision
+        _family_of(model, frames, positions, max_pixels)
+        settings = frames, text, max_text_tokens, max_pixels, prompt_tokens, positions, precision
         return fingerprint("colpali", cls.VERSION, weights.fingerprint(model), *settings)
 
     @classmethod
@@ -275,7 +279,16 @@ class ColpaliEncoder:
         seen = vlm.visual(inputs["pixel_values"], grid_thw=inputs["video_grid_thw"], return_dict=True).pooler_output
         words = vlm.get_input_embeddings()(inputs["input_ids"])
         mixed = words.masked_scatter(placeholders.unsqueeze(-1), seen.to(words.dtype))
-        return self._model(inputs_embeds=mixed, attention_mask=inputs["attention_mask"]).embeddings
+        rest = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
+        return self._model(inputs_embeds=mixed, **rest).embeddings
+
+    def _mrope(self, inputs: Mapping[str, Any], **grids: Any) -> Any:
+        """Return (3, B, T) positions in time, height and width; a patch of two frames is a second long."""
+        ids, vlm = inputs["input_ids"], self._model.config.vlm_config
+        kinds = (ids == vlm.image_token_id).int() + 2 * (ids == vlm.video_token_id).int()
+        mask = inputs["attention_mask"]
+        positions, _ = self._model.vlm.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=mask, **grids)
+        return positions
 
     def _moved(self, tensor: Any) -> Any:
         device = self._model.device
@@ -301,7 +314,7 @@ class ColpaliEncoder:
         from PIL import Image
 
         if size not in self._frame_lengths:
-            blank = self._process_images([Image.new("RGB", size)])
+            blank = self._process_images([_within_ratio(Image.new("RGB", size))])
             self._frame_lengths[size] = int(blank["input_ids"].shape[1])
         return self._frame_lengths[size]
 
@@ -310,6 +323,8 @@ class ColpaliEncoder:
         patches = self._family.patches(self._processor, inputs["input_ids"])
         kept = inputs["attention_mask"].bool() if self._prompt_tokens else patches
         shapes = self._family.grids(self._processor, inputs, patches)
+        if self._positions == "mrope":
+            inputs["position_ids"] = self._mrope(inputs, image_grid_thw=inputs["image_grid_thw"])
         return Prepared(
             {name: self._moved(tensor) for name, tensor in inputs.items()},
             kept,
@@ -322,7 +337,7 @@ class ColpaliEncoder:
 
     def _open(self, encoded: Sequence[bytes]) -> list[Any]:
         with ThreadPoolExecutor(self._num_threads) as threads:
-            return list(threads.map(open_picture, encoded))
+            return [_within_ratio(picture) for picture in threads.map(open_picture, encoded)]
 
     def _process_images(self, pictures: list[Any]) -> dict[str, Any]:
         process = getattr(self._processor, "process_images", self._processor)
@@ -345,6 +360,8 @@ class ColpaliEncoder:
         place = (patches.cumsum(1) - 1).clamp(min=0)
         pixels = torch.cat([pixels for pixels, _ in seen])
         inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "video_grid_thw": grids}
+        if self._positions == "mrope":
+            inputs["position_ids"] = self._mrope(inputs, video_grid_thw=grids)
         return Prepared(
             {name: self._moved(tensor) for name, tensor in inputs.items()},
             kept,
@@ -456,7 +473,7 @@ def one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[t
             yield before[0], before[1].result()
 
 
-def _family_of(model: str, frames: str, max_pixels: int | None) -> Family:
+def _family_of(model: str, frames: str, positions: str, max_pixels: int | None) -> Family:
     """Return the family of a model, or refuse what it cannot do."""
     model_type = read_config(Path(weights.resolve(model))).get("model_type")
     family = FAMILIES.get(str(model_type))
@@ -465,11 +482,9 @@ def _family_of(model: str, frames: str, max_pixels: int | None) -> Family:
             f"model {model} is of type {model_type!r}; the encoder colpali takes {', '.join(FAMILIES)}. "
             "Others may load with encode.encoder=multivector"
         )
-    if frames == "video" and not family.takes_video:
-        able = ", ".join(name for name, other in FAMILIES.items() if other.takes_video)
-        raise ConfigError(
-            f"frames=video, but model {model} ({model_type}) takes no video; {able} does. Use frames=images"
-        )
+    for setting, what in ((f"frames={frames}", "takes no video"), (f"positions={positions}", "has no such positions")):
+        if setting in ("frames=video", "positions=mrope") and model_type != COLQWEN2:
+            raise ConfigError(f"{setting}, but model {model} ({model_type}) {what}; only {COLQWEN2} does. Leave it out")
     if max_pixels and family.limit_pixels is None:
         raise ConfigError(f"max_pixels={max_pixels}, but a {model_type} scales all pictures to one size; leave it out")
     return family
@@ -494,6 +509,13 @@ def _size(encoded: bytes) -> tuple[int, int]:
 
     with Image.open(io.BytesIO(encoded)) as picture:
         return picture.width, picture.height
+
+
+def _within_ratio(picture: Any) -> Any:
+    """Return a picture whose sides Qwen's processors do not refuse: none over 200 times the other."""
+    width, height = picture.size
+    fitting = max(width, -(-height // MAX_RATIO)), max(height, -(-width // MAX_RATIO))
+    return picture if picture.size == fitting else picture.resize(fitting)
 
 
 def _joined(frames: Sequence[TokenEmbeddings]) -> TokenEmbeddings:
@@ -582,6 +604,10 @@ def _limit_neomme(pictures: Any, max_pixels: int) -> None:
     pictures.size = {"min_pixels": 1, "max_pixels": max_pixels}
 
 
+MAX_RATIO = 200
+
+COLQWEN2 = "colqwen2"
+
 LANGUAGE_HEAD = r"vlm\.(language_model\.)?lm_head\.weight"
 """Checkpoints of older releases carry it; token embeddings are taken below it."""
 
@@ -594,7 +620,7 @@ FAMILIES = {
         _image_tokens,
         lambda _, __, patches: _square(patches),
     ),
-    "colqwen2": Family(
+    COLQWEN2: Family(
         "ColQwen2ForRetrieval",
         "ColQwen2Processor",
         _query_of_processor,
@@ -602,7 +628,6 @@ FAMILIES = {
         _image_tokens,
         _qwen_grids,
         _limit_qwen,
-        takes_video=True,
     ),
     "colmodernvbert": Family(
         "ColModernVBertForRetrieval",

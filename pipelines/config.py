@@ -297,8 +297,9 @@ class MireConfig(TowersConfig):
 class ColpaliConfig(_Model):
     """The ``colpali`` encoder: a ColPali, ColQwen2, ColModernVBert or NeoMME checkpoint of transformers' own classes.
 
-    ``frames=video`` is for ColQwen2 alone. ``max_pixels`` of a frame takes the place of the processor's own limit.
-    ``prompt_tokens`` keeps the tokens of the instruction, as the papers score documents.
+    ``max_pixels`` of a frame takes the place of the processor's own limit. ``prompt_tokens`` keeps the tokens of the
+    instruction, as the papers score documents. For ColQwen2 alone: ``frames=video``; and ``positions=mrope``, patches by
+    time, row and column, as the released models were trained, where transformers' own forward counts them like words.
     """
 
     model: str = "vidore/colqwen2-v1.0-hf"
@@ -307,6 +308,7 @@ class ColpaliConfig(_Model):
     max_text_tokens: int = Field(512, ge=8)
     max_pixels: int | None = Field(None, ge=28 * 28)
     prompt_tokens: bool = False
+    positions: Literal["native", "mrope"] = "native"
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
 

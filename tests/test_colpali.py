@@ -137,6 +137,8 @@ def test_text_documents_are_what_the_tokenizer_makes_of_them(made, plain, family
     assert_same([clip["speech"].embeddings for clip in kept], whole)
 
     first, last = {"colpali": (1, 0), "neomme": (1, 0), "colmodernvbert": (1, 1)}.get(family, (0, 0))
+    [clip] = made(family, prompt_tokens=True).encode_documents([{"speech": spans("ab", "c")}])
+    assert clip["speech"].span_index.tolist() == [0] * (first + 2) + [1] * (1 + last), "as the text beside them"
     ours = made(family).encode_documents(clips)
     assert_same([clip["speech"].embeddings for clip in ours], [rows[first : len(rows) - last] for rows in whole])
 
@@ -325,6 +327,38 @@ def test_a_video_is_what_the_backbone_makes_of_it(made, plain, family):
     assert kept.span_index.tolist() == sorted(kept.span_index.tolist())
 
 
+@pytest.mark.parametrize("family", ["colqwen2", "colqwen2_5"])
+def test_mrope_gives_what_the_backbone_makes_of_pictures_and_videos(made, plain, family):
+    images = [picture(1, (112, 84)), picture(2, (112, 84)), picture(3, PORTRAIT)]
+    model, processor = plain(family)
+    seen = processor.image_processor(images=images, return_tensors="pt")
+    inputs = {name: image_inputs(processor, images)[name] for name in ("input_ids", "attention_mask")}
+    kinds = (inputs["input_ids"] == processor.image_token_id).int()
+    with torch.inference_mode():
+        hidden = model.vlm(**inputs, **seen, mm_token_type_ids=kinds).last_hidden_state[kinds.bool()]
+        expected = torch.nn.functional.normalize(model.embedding_proj_layer(hidden), dim=-1).numpy()
+    [clip] = made(family, positions="mrope").encode_documents(
+        [{"frame": frames(*images), "speech": spans("a red car")}]
+    )
+    assert_same([clip["frame"].embeddings], [expected])
+    [flat] = made(family).encode_documents([{"frame": frames(*images), "speech": spans("a red car")}])
+    assert np.abs(flat["frame"].embeddings - expected).max() > 0.1, "the native forward has other positions"
+    assert_same([clip["speech"].embeddings], [flat["speech"].embeddings])
+
+    prompt = processor.visual_prompt_prefix.replace("<|image_pad|>", "<|video_pad|>" * 12)
+    inputs = processor.tokenizer(prompt, return_tensors="pt")
+    halves = seen["pixel_values"][: 2 * 48].view(2, 48, 3, 2, -1)
+    pairs = torch.stack([halves[0, :, :, 0], halves[1, :, :, 0]], dim=2).reshape(48, -1)
+    kinds = 2 * (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")).int()
+    video = {"pixel_values_videos": pairs, "video_grid_thw": torch.tensor([[1, 6, 8]])}
+    with torch.inference_mode():
+        hidden = model.vlm(**inputs, **video, mm_token_type_ids=kinds).last_hidden_state[kinds.bool()]
+        expected = torch.nn.functional.normalize(model.embedding_proj_layer(hidden), dim=-1).numpy()
+    encoder = made(family, positions="mrope", frames="video")
+    [clip] = encoder.encode_documents([{"frame": frames(*images[:2])}])
+    assert_same([clip["frame"].embeddings], [expected])
+
+
 def test_a_clip_whose_frames_differ_in_size_is_still_one_video(made):
     [clip] = made("colqwen2", frames="video").encode_documents([{"frame": frames(picture(0, WIDE), picture(1))}])
     [same] = made("colqwen2", frames="video").encode_documents(
@@ -334,10 +368,18 @@ def test_a_clip_whose_frames_differ_in_size_is_still_one_video(made):
 
 
 @pytest.mark.parametrize("family", ["colpali", "colmodernvbert", "neomme"])
-def test_video_is_refused_by_models_that_take_none(tiny_colpali, family):
+def test_what_only_colqwen2_can_do_is_refused_by_others(tiny_colpali, family):
     for ask in (ColpaliEncoder, ColpaliEncoder.fingerprint_of):
-        with pytest.raises(ConfigError, match="takes no video; colqwen2 does"):
+        with pytest.raises(ConfigError, match="frames=video.*takes no video; only colqwen2 does"):
             ask(str(tiny_colpali(family)), frames="video")
+        with pytest.raises(ConfigError, match="positions=mrope.*no such positions; only colqwen2 does"):
+            ask(str(tiny_colpali(family)), positions="mrope")
+
+
+@every_family
+def test_a_picture_of_any_shape_is_encoded(made, family):
+    [clip] = made(family).encode_documents([{"frame": frames(picture(0, (1, 300)), picture(0, (300, 2)))}])
+    assert set(clip["frame"].span_index) == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -419,6 +461,7 @@ def test_the_fingerprint_follows_what_changes_the_output(tiny_colpali):
         {"max_text_tokens": 8},
         {"max_pixels": 1000},
         {"prompt_tokens": True},
+        {"positions": "mrope"},
         {"precision": "float32"},
         {"model": str(tiny_colpali("colqwen2_5"))},
     ]
