@@ -4,8 +4,8 @@
 
 Weights are random and of the real size (``--size real``) or tiny; nothing is downloaded. The checkpoint is saved to
 ``--folder`` (5 GB for ColQwen2-2B, 8 GB for Qwen2.5-VL-3B; kept for the next run if you name one) and loaded as a hub id
-would be, by the encoder that ``maxreel index`` uses. Its tokenizer makes about a token of a letter, so the texts are as many
-letters as tokens are wanted.
+would be, by the encoder that ``maxreel index`` uses. Tokenizers are those of the tests: most make a token of a letter, so
+the texts are as many letters as tokens are wanted; those of FLMR and MIRe make one of a word, of five letters.
 
 A clip is ``--frames`` JPEG frames of 768 x 432 pixels, and speech, screen text and metadata of 400, 120 and 40 tokens. Clips
 are handed over ``--batch-clips`` at a time, as ``encode`` does; decoding and normalising the frames is in the time.
@@ -27,17 +27,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from operators.encoder_colpali import ColpaliEncoder
 from operators.encoders import Content
-from tests import tiny_colpali
+from pipelines.config import EncodeConfig
+from pipelines.encode import ENCODERS
 
 PEAKS = {
     r"B200": 2250e12,
@@ -53,14 +55,6 @@ PEAKS = {
 
 TEXT_TOKENS = {"speech": 400, "screen_text": 120, "metadata": 40}
 DISTINCT_CLIPS = 4
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An encoder's class, and what saves its checkpoint of a size in a folder and returns its parameters."""
-
-    encoder: Any
-    save: Callable[[str, Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -85,14 +79,75 @@ class Row:
     peak_memory_gb: float
 
 
-def colpali_family(family: str) -> Candidate:
-    def save(size: str, folder: Path) -> dict[str, Any]:
-        if not (folder / "config.json").exists():
-            settings = REAL[family] if size == "real" else {}
-            tiny_colpali.save(family, folder, torch.bfloat16 if size == "real" else torch.float32, **settings)
-        return {"model": str(folder)}
+def colpali(family: str, size: str, folder: Path) -> tuple[str, dict[str, Any]]:
+    from tests import tiny_colpali
 
-    return Candidate(ColpaliEncoder, save)
+    if not (folder / "config.json").exists():
+        shapes = REAL[family] if size == "real" else {}
+        tiny_colpali.save(family, folder, torch.bfloat16 if size == "real" else torch.float32, **shapes)
+    return "colpali", {"model": str(folder)}
+
+
+def clamr(size: str, folder: Path) -> tuple[str, dict[str, Any]]:
+    from tests import tiny_qwen
+
+    if not (folder / "config.json").exists():
+        tiny_qwen.save_vl(folder)
+        if size == "real":
+            grow_qwen(folder)
+    return "clamr", {"model": str(folder)}
+
+
+def grow_qwen(folder: Path) -> None:
+    """Put a Qwen2.5-VL-3B with a head in the place of a tiny one; its processor stays."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tiny = Qwen2_5_VLConfig.from_pretrained(folder)
+    of_3b, tokens = (
+        REAL["colqwen2_5"],
+        {name: value for name, value in vars(tiny).items() if name.endswith("_token_id")},
+    )
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    config = Qwen2_5_VLConfig(
+        text_config=of_3b["text"] | ends, vision_config=of_3b["vision"], **tokens | {"tie_word_embeddings": True}
+    )
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    model.custom_text_proj = torch.nn.Linear(of_3b["text"]["hidden_size"], of_3b["dim"], dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def towers(system: str, size: str, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Save ColBERT's BERT-base, CLIP ViT-L/14 and the head of FLMR, PreFLMR or MIRe between them; or tiny ones."""
+    from tests import tiny_flmr
+
+    if size == "tiny" and not folder.exists():
+        tiny_flmr.build(folder)
+    if size == "real" and not folder.exists():
+        save_towers(system, folder)
+    parts = {"text_model": folder / "colbert", "vision_model": folder / "clip", "head": folder / f"head_{system}"}
+    lengths = (64, 384) if size == "real" else (tiny_flmr.QUERY_LENGTH, tiny_flmr.DOCUMENT_LENGTH)
+    settings = {"model": None, "frames": "mapped", "query_length": lengths[0], "document_length": lengths[1]}
+    return system, settings | {name: str(part) for name, part in parts.items()}
+
+
+def save_towers(system: str, folder: Path) -> None:
+    from transformers import BertConfig, BertModel, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    from operators.heads import build_head, save_head
+    from tests import tiny_flmr
+
+    bert = BertModel(BertConfig())
+    linear = torch.nn.Linear(768, 128, bias=False)
+    tiny_flmr.save_colbert(folder / "colbert", {"bert": bert, "linear": linear})
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    CLIPModel(CLIPConfig(vision_config=vision | {"patch_size": 14})).save_pretrained(folder / "clip")
+    CLIPImageProcessor().save_pretrained(folder / "clip")
+    head = {"system": system, "vision_dim": 1024, "dim": 128, "num_tokens": 32}
+    if system == "preflmr":
+        head |= {"hidden": 768, "layers": 1, "heads": 12, "intermediate": 3072, "cross_attention_length": 32}
+    if system == "mire":
+        head |= {"num_tokens": 16, "num_heads": 12}
+    save_head(folder / f"head_{system}", head, build_head(head))
 
 
 QWEN_VISION = {"depth": 32, "num_heads": 16}
@@ -146,16 +201,21 @@ REAL: dict[str, dict[str, Any]] = {
 }
 """What `tests.tiny_colpali` makes tiny, as large as the checkpoints above it."""
 
-CANDIDATES = {family: colpali_family(family) for family in tiny_colpali.FAMILIES}
+CANDIDATES: dict[str, Callable[[str, Path], tuple[str, dict[str, Any]]]] = {
+    **{family: partial(colpali, family) for family in REAL},
+    "clamr": clamr,
+    **{system: partial(towers, system) for system in ("flmr", "preflmr", "mire")},
+}
+"""What saves a checkpoint of a size in a folder, and returns the encoder's name and the settings that differ."""
 
 
-def make_clips(num_frames: int) -> list[dict[str, Content]]:
+def make_clips(num_clips: int, num_frames: int) -> list[dict[str, Content]]:
     """Return clips of words of random letters and of frames that are blurred noise."""
     generator = np.random.default_rng(0)
     return [
         {"frame": Content(frames=[{"jpeg": jpeg(generator)} for _ in range(num_frames)])}
         | {name: Content([{"text": words(generator, count)}]) for name, count in TEXT_TOKENS.items()}
-        for _ in range(DISTINCT_CLIPS)
+        for _ in range(num_clips)
     ]
 
 
@@ -171,9 +231,9 @@ def words(generator: np.random.Generator, num_tokens: int) -> str:
     return " ".join(letters[start : start + 5] for start in range(0, num_tokens, 5))
 
 
-def flops_of(candidate: Candidate, parameters: dict[str, Any], clips: list[dict[str, Content]]) -> float:
+def flops_of(make: Any, parameters: dict[str, Any], clips: list[dict[str, Content]]) -> float:
     """Return the FLOPs of a clip's useful work."""
-    encoder = candidate.encoder(**parameters | {"attention": "eager", "batch_tokens": 1})
+    encoder = make(**parameters | {"attention": "eager", "batch_tokens": 1})
     with FlopCounterMode(display=False) as counter:
         encoder.encode_documents(clips)
     return counter.get_total_flops() / len(clips)
@@ -209,14 +269,14 @@ def peak_of(device: str, precision: str) -> tuple[str, float, float]:
 
 
 def measure(
-    candidate: Candidate, parameters: dict[str, Any], clips: list[dict[str, Content]], num_clips: int, batch_clips: int
+    make: Any, parameters: dict[str, Any], clips: list[dict[str, Content]], num_clips: int, batch_clips: int
 ) -> dict[str, float]:
     """Return start-up seconds, seconds for all clips, tokens a second and so on, of one setting."""
     device = parameters["device"]
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    encoder = candidate.encoder(**parameters)
+    encoder = make(**parameters)
     encoder.encode_documents(clips)
     startup = time.perf_counter() - started
     many = [clips[i % len(clips)] for i in range(num_clips)]
@@ -241,19 +301,20 @@ def measure(
 
 def run(name: str, arguments: argparse.Namespace, folder: Path, peak: float) -> list[Row]:
     """Return the measurements of an encoder, one a batch size; print them."""
-    candidate = CANDIDATES[name]
-    speed = {"device": arguments.device, "num_threads": arguments.num_threads}
+    encoder, settings = CANDIDATES[name](arguments.size, folder)
     chosen = {"precision": arguments.precision, "attention": arguments.attention}
-    parameters = candidate.save(arguments.size, folder) | chosen | speed
+    config = EncodeConfig.model_validate({"encoder": encoder, encoder: settings | chosen})
+    make = ENCODERS[encoder]
+    parameters = config.parameters() | {"device": arguments.device, "num_threads": arguments.num_threads}
     num_parameters = count_parameters(folder)
-    clips = make_clips(arguments.frames)
-    flops = flops_of(candidate, parameters, clips)
+    clips = make_clips(min(DISTINCT_CLIPS, arguments.clips), arguments.frames)
+    flops = flops_of(make, parameters, clips)
     print(f"\n{name} ({arguments.size}): {num_parameters / 1e6:,.1f} M parameters, {flops / 1e12:.4g} TFLOP a clip")
     print("batch_tokens  start-up s    clips/s   tokens/s    TFLOP/s     MFU   memory GB")
     rows = []
     for batch_tokens in arguments.batch_tokens:
         found = measure(
-            candidate, parameters | {"batch_tokens": batch_tokens}, clips, arguments.clips, arguments.batch_clips
+            make, parameters | {"batch_tokens": batch_tokens}, clips, arguments.clips, arguments.batch_clips
         )
         rate = flops * found["clips_per_second"]
         row = Row(
@@ -303,6 +364,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file of all figures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.num_threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     name, peak, reached = peak_of(arguments.device, arguments.precision)
     print(
         f"{name}, {arguments.precision}, attention {arguments.attention}: peak {peak / 1e12:.4g} TFLOP/s, "

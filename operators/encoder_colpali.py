@@ -63,6 +63,8 @@ class Family:
         Where in (B, T) token ids a patch of the picture stands.
     grids
         Rows and columns of each picture's patches; None where they are no grid.
+    options
+        Of the model's forward, which would else compute what is not used.
     limit_pixels
         Sets the most pixels of a picture; None where all pictures get the same size.
     """
@@ -73,6 +75,7 @@ class Family:
     text_document: Callable[[Any, str], str]
     patches: Callable[[Any, Any], Any]
     grids: Callable[[Any, Mapping[str, Any], Any], list[tuple[int, int] | None]]
+    options: Mapping[str, bool]
     limit_pixels: Callable[[Any, int], None] | None = None
 
 
@@ -166,7 +169,7 @@ class ColpaliEncoder:
         self._family = _family_of(model, frames, positions, max_pixels)
         self._processor = _load_processor(getattr(transformers, self._family.processor), model)
         self._tokenizer = self._processor.tokenizer
-        self._tokenizer.padding_side = "right"
+        self._tokenizer.padding_side = "right"  # positions as alone: in bfloat16 others move embeddings by up to 0.009
         if max_pixels and self._family.limit_pixels:
             self._family.limit_pixels(self._processor.image_processor, max_pixels)
         self._model = load_whole(
@@ -178,6 +181,7 @@ class ColpaliEncoder:
         ).to(device)
         self._frames, self._text, self._prompt_tokens, self._positions = frames, text, prompt_tokens, positions
         self._max_text_tokens, self._batch_tokens, self._num_threads = max_text_tokens, batch_tokens, num_threads
+        self._around_text = _around_text(self._tokenizer, self._family.text_document(self._processor, MARK))
         self._frame_lengths: dict[tuple[int, int], int] = {}
         self.dim = int(self._model.config.embedding_dim)
 
@@ -273,14 +277,14 @@ class ColpaliEncoder:
 
     def _forward(self, inputs: Mapping[str, Any]) -> Any:
         if "video_grid_thw" not in inputs:
-            return self._model(**inputs).embeddings
+            return self._model(**inputs, **self._family.options).embeddings
         # ColQwen2's forward drops videos; this is what it does with images.
         vlm, placeholders = self._model.vlm, inputs["input_ids"] == self._model.config.vlm_config.video_token_id
         seen = vlm.visual(inputs["pixel_values"], grid_thw=inputs["video_grid_thw"], return_dict=True).pooler_output
         words = vlm.get_input_embeddings()(inputs["input_ids"])
         mixed = words.masked_scatter(placeholders.unsqueeze(-1), seen.to(words.dtype))
         rest = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
-        return self._model(inputs_embeds=mixed, **rest).embeddings
+        return self._model(inputs_embeds=mixed, **rest, **self._family.options).embeddings
 
     def _mrope(self, inputs: Mapping[str, Any], **grids: Any) -> Any:
         """Return (3, B, T) positions in time, height and width; a patch of two frames is a second long."""
@@ -412,7 +416,7 @@ class ColpaliEncoder:
         # By their last character: a word's token may begin with the space before it, which is of the span before.
         last = np.array([max(start, stop - 1) for start, stop in own["offset_mapping"]], dtype=np.int64)
         of_tokens = span_of(last, starts)
-        head, tail = self._around_a_text()
+        head, tail = self._around_text
         pieces = []
         for first in range(0, len(of_tokens), self._max_text_tokens):
             ids = own["input_ids"][first : first + self._max_text_tokens]
@@ -423,21 +427,6 @@ class ColpaliEncoder:
             else:
                 pieces.append(Piece([*head, *ids, *tail], slice(len(head), len(head) + len(ids)), of_ids))
         return pieces
-
-    def _around_a_text(self) -> tuple[list[int], list[int]]:
-        """Return the token ids before and after the text of a document."""
-        text = "text"
-        document = self._family.text_document(self._processor, text)
-        start = document.rindex(text)
-        whole = self._tokenizer(document, return_offsets_mapping=True, return_special_tokens_mask=True)
-        inside = [
-            i
-            for i, ((first, _), special) in enumerate(
-                zip(whole["offset_mapping"], whole["special_tokens_mask"], strict=True)
-            )
-            if start <= first < start + len(text) and not special
-        ]
-        return whole["input_ids"][: inside[0]], whole["input_ids"][inside[-1] + 1 :]
 
     def _query_piece(self, text: str) -> Piece:
         ids = self._query_ids(text)
@@ -540,6 +529,20 @@ def _padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Any, Any]:
     return padded, mask.long()
 
 
+def _around_text(tokenizer: Any, document: str) -> tuple[list[int], list[int]]:
+    """Return the token ids before and after `MARK` in a document."""
+    whole = tokenizer(document, return_offsets_mapping=True, return_special_tokens_mask=True)
+    inside = range(document.rindex(MARK), document.rindex(MARK) + len(MARK))
+    own = [
+        i
+        for i, ((first, _), special) in enumerate(
+            zip(whole["offset_mapping"], whole["special_tokens_mask"], strict=True)
+        )
+        if first in inside and not special
+    ]
+    return whole["input_ids"][: own[0]], whole["input_ids"][own[-1] + 1 :]
+
+
 def _query_of_processor(processor: Any, text: str) -> list[int]:
     ids: list[int] = processor.process_queries(text=[text])["input_ids"][0].tolist()
     return ids
@@ -604,7 +607,11 @@ def _limit_neomme(pictures: Any, max_pixels: int) -> None:
     pictures.size = {"min_pixels": 1, "max_pixels": max_pixels}
 
 
+MARK = "text"
+"""Stands for a text, to find what goes around it."""
+
 MAX_RATIO = 200
+"""Of a picture's sides."""
 
 COLQWEN2 = "colqwen2"
 
@@ -619,6 +626,7 @@ FAMILIES = {
         lambda processor, text: f"{processor.tokenizer.bos_token}{text}",
         _image_tokens,
         lambda _, __, patches: _square(patches),
+        {"use_cache": False},
     ),
     COLQWEN2: Family(
         "ColQwen2ForRetrieval",
@@ -627,6 +635,7 @@ FAMILIES = {
         lambda _, text: text,
         _image_tokens,
         _qwen_grids,
+        {"use_cache": False},
         _limit_qwen,
     ),
     "colmodernvbert": Family(
@@ -636,6 +645,7 @@ FAMILIES = {
         lambda _, text: text,
         _image_tokens,
         _tile_grids,
+        {},
         _limit_tiles,
     ),
     "neomme": Family(
@@ -645,6 +655,7 @@ FAMILIES = {
         lambda processor, text: _neomme_chat(processor, text, "document", tokenize=False),
         _neomme_patches,
         _neomme_grids,
+        {"output_dense": False},
         _limit_neomme,
     ),
 }

@@ -178,6 +178,22 @@ def test_batch_mates_never_matter(made, family):
                 assert a[modality].grid == b[modality].grid
 
 
+@every_family
+def test_nothing_is_computed_that_is_not_used(made, family):
+    encoder = made(family)
+    outputs = []
+    hook = encoder._model.register_forward_hook(lambda _, __, output: outputs.append(output))
+    encoder.encode_documents([{"frame": frames(picture(1)), "speech": spans("a red car")}])
+    hook.remove()
+    assert len(outputs) == 2
+    for output in outputs:
+        assert {name for name, value in output.items() if value is not None} <= {
+            "embeddings",
+            "last_hidden_state",
+            "image_hidden_states",
+        }
+
+
 def test_padding_outscores_in_transformers_and_never_here(plain):
     query = torch.tensor([[1.0, 0.0]])
     opposite, longer = torch.tensor([[-1.0, 0.0]]), torch.tensor([[-1.0, 0.0]] * 3)
