@@ -43,10 +43,10 @@ from pipelines.encode import ENCODERS
 
 PEAKS = {
     r"B200": 2250e12,
-    r"H200|GH200|H100.*HBM3|H100 SXM": 989.4e12,
-    r"H100 NVL": 835e12,
+    r"H[12]00 NVL": 835e12,
+    r"H200|H100.*HBM3": 989.4e12,
     r"H100": 756e12,
-    r"A100": 312e12,
+    r"A100\b": 312e12,
     r"L40S": 362e12,
     r"L4\b": 121e12,
     r"A10\b": 125e12,

@@ -176,6 +176,7 @@ class ColpaliEncoder:
             getattr(transformers, self._family.architecture),
             model,
             unexpected=[LANGUAGE_HEAD],
+            key_mapping=OLD_NAMES,
             dtype=getattr(torch, precision),
             attn_implementation=attention,
         ).to(device)
@@ -614,6 +615,13 @@ MAX_RATIO = 200
 """Of a picture's sides."""
 
 COLQWEN2 = "colqwen2"
+
+OLD_NAMES = {
+    r"^vlm\.language_model\.model\.": "vlm.language_model.",
+    r"^vlm\.model\.(layers|embed_tokens|norm)\b": r"vlm.language_model.\1",
+    r"^vlm\.model\.": "vlm.",
+}
+"""Of backbones in checkpoints that transformers before 5 saved; of ColQwen2 it knows one itself, of the others none."""
 
 LANGUAGE_HEAD = r"vlm\.(language_model\.)?lm_head\.weight"
 """Checkpoints of older releases carry it; token embeddings are taken below it."""

@@ -1,6 +1,7 @@
 import functools
 import io
 import json
+import re
 import shutil
 import threading
 
@@ -447,6 +448,26 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tiny_colpali, tmp_path, fam
     }
     with pytest.raises(ModelError, match="1 weights are missing and would be random"):
         ColpaliEncoder(without(tiny_colpali(family), tmp_path, endings[part]))
+
+
+@pytest.mark.parametrize(
+    ("family", "now", "before"),
+    [
+        ("colpali", r"^vlm\.", "vlm.model."),
+        ("colpali", r"^vlm\.language_model\.", "vlm.language_model.model."),
+        ("colqwen2", r"^vlm\.", "vlm.model."),
+        ("colqwen2_5", r"^vlm\.language_model\.", "vlm.model."),
+        ("colmodernvbert", r"^vlm\.", "vlm.model."),
+    ],
+)
+def test_checkpoints_of_older_releases_load_whole(made, tiny_colpali, tmp_path, family, now, before):
+    shutil.copytree(tiny_colpali(family), tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    renamed = {re.sub(now, before, name): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    encoder = ColpaliEncoder(str(tmp_path / "old"), precision="float32")
+    assert_same(encoder.encode_queries([Query("a red car")]), made(family).encode_queries([Query("a red car")]))
 
 
 def test_a_language_head_is_the_only_weight_too_many(tiny_colpali, tmp_path):
