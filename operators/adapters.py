@@ -83,8 +83,8 @@ def merge_adapter(model: Any, folder: Path) -> Any:
                 f"adapter {folder}: {len(lacking)} of its modules' tensors are missing and {len(report.unexpected_keys)} "
                 f"have no place, for example {sorted([*lacking, *report.unexpected_keys])[0]}"
             )
-        return wrapped.merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError) as error:  # other shapes, or numbers that are none
+        return wrapped.merge_and_unload()
+    except (RuntimeError, ValueError) as error:  # of other shapes
         raise ModelError(f"adapter {folder} does not fit its base model: {' '.join(str(error).split())}") from error
 
 
@@ -146,10 +146,6 @@ def _selected(model: Any, config: Any, known: Mapping[str, str]) -> set[str]:
     """Return what an adapter's config selects among names of its own release."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    linear = [name for name, here in known.items() if hasattr(model.get_submodule(here), "weight")]
-    kinds = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
-    return {
-        name
-        for name in linear
-        if type(model.get_submodule(known[name])).__name__ in kinds and check_target_module_exists(config, name)
-    }
+    kinds = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")  # what LoRA adapts
+    able = [name for name, here in known.items() if type(model.get_submodule(here)).__name__ in kinds]
+    return {name for name in able if check_target_module_exists(config, name)}

@@ -55,7 +55,7 @@ CLIPS = {
 
 @pytest.fixture(scope="module")
 def vl(tiny_clamr):
-    return ClamrEncoder(str(tiny_clamr), precision="float32")
+    return ClamrEncoder(**ClamrConfig(model=str(tiny_clamr), precision="float32").model_dump(), batch_tokens=4096)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,18 @@ def test_embeddings_do_not_depend_on_the_budget_of_a_batch(tiny_clamr_omni, omni
                 np.testing.assert_allclose(here[modality].embeddings, there[modality].embeddings, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["vl", "omni"])
+def test_padding_shifts_no_position(family, request):
+    """Attention sees differences of positions only, but in bfloat16 their size costs precision."""
+    encoder = request.getfixturevalue(family)
+    turns = [turn for clip in CLIPS.values() for turn in encoder._turns.documents(clip)]
+    together = encoder._model.collate(turns)["position_ids"]
+    for row, turn in enumerate(turns):
+        alone = encoder._model.collate([turn])["position_ids"][:, 0]
+        assert alone[:, 0].tolist() == [0, 0, 0]
+        assert together[:, row, -len(turn) :].tolist() == alone.tolist()
+
+
 def test_every_key_has_its_own_tokens_and_no_zero_row(vl):
     clip = CLIPS["both"] | {"screen_text": Content()}
     [encoded] = vl.encode_documents([clip])
@@ -251,7 +263,8 @@ def test_tokens_spell_the_span_that_they_belong_to(vl_turns):
     decoded = [vl_turns._tokenizer.decode(turn.ids[speech & (turn.span_index == i)]) for i in range(len(texts))]
     assert [text.strip() for text in decoded] == [f"ASR: {texts[0]}", *map(str.strip, texts[1:])]
     assert vl_turns._tokenizer.decode(turn.ids[turn.rows_of("metadata")]) == " Description: other"
-    assert not turn.media, "a text that spells a placeholder shows no picture"
+    placeholder = vl_turns._processor.video_token_id
+    assert placeholder not in turn.ids, "a text that spells a placeholder shows no picture"
 
 
 def test_a_long_text_is_cut_with_its_label_and_the_others_stay(vl):
