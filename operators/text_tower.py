@@ -222,7 +222,7 @@ class TextTower:
         rows = self.query_rows(texts, filled)
         return [
             TextStates(row, embeddings, hidden)
-            for row, (embeddings, hidden) in zip(rows, self._encode(rows), strict=True)
+            for row, (embeddings, hidden) in zip(rows, self._encode(rows, with_hidden=True), strict=True)
         ]
 
     def encode_documents(self, texts: Sequence[str]) -> list[TextStates]:
@@ -233,7 +233,7 @@ class TextTower:
             of_text = self._pieces(ids, offsets)
             pieces += of_text
             owners += [text] * len(of_text)
-        encoded = [embeddings for embeddings, _ in self._encode(pieces)]
+        encoded = [embeddings for embeddings, _ in self._encode(pieces, with_hidden=False)]
         return [
             self._joined([i for i, owner in enumerate(owners) if owner == text], pieces, encoded)
             for text in range(len(texts))
@@ -288,8 +288,8 @@ class TextTower:
             np.pad(row.offsets, (0, missing), mode="edge"),
         )
 
-    def _encode(self, rows: Sequence[TokenRow]) -> list[tuple[Any, Any]]:
-        """Return (T, dim) embeddings and (T, H) hidden states of each row."""
+    def _encode(self, rows: Sequence[TokenRow], with_hidden: bool) -> list[tuple[Any, Any]]:
+        """Return (T, dim) embeddings of each row, and (T, H) hidden states or None: those of documents are large."""
         import torch
 
         encoded: dict[int, tuple[Any, Any]] = {}
@@ -305,7 +305,8 @@ class TextTower:
                 ).last_hidden_state.float()
                 embeddings = hidden if self._linear is None else hidden @ self._linear.T
             for place, i in enumerate(batch):
-                encoded[i] = embeddings[place, : len(rows[i].ids)], hidden[place, : len(rows[i].ids)]
+                length = len(rows[i].ids)
+                encoded[i] = embeddings[place, :length], hidden[place, :length] if with_hidden else None
         return [encoded[i] for i in range(len(rows))]
 
     def _joined(self, own: Sequence[int], pieces: Sequence[TokenRow], encoded: Sequence[Any]) -> TextStates:
