@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,10 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     read_adapter_config(folder)
     config = LoraConfig.from_pretrained(str(folder))
     tensors = _split_names(folder)
-    modules = {module for module, _ in tensors}
-    found = _find_modules(model, config, modules, folder)
-    config.target_modules = sorted(found.values())
-    config.rank_pattern = {found.get(name, name): value for name, value in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {found.get(name, name): value for name, value in (config.alpha_pattern or {}).items()}
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.modules_to_save = None
-    config.task_type, config.inference_mode, config.base_model_name_or_path = None, True, None
+    found = _find_modules(model, config, {module for module, _ in tensors}, folder)
     state = {f"base_model.model.{found[module]}.{kind}": tensor for (module, kind), tensor in tensors.items()}
-    wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
     try:
+        wrapped = get_peft_model(model, _renamed(config, found), low_cpu_mem_usage=True)
         report = set_peft_model_state_dict(wrapped, state, low_cpu_mem_usage=True)
         lacking = [name for name in report.missing_keys if ".lora_" in name]
         if lacking or report.unexpected_keys:
@@ -86,6 +81,23 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         return wrapped.merge_and_unload()
     except (RuntimeError, ValueError) as error:  # of other shapes
         raise ModelError(f"adapter {folder} does not fit its base model: {' '.join(str(error).split())}") from error
+
+
+def _renamed(config: Any, found: Mapping[str, str]) -> Any:
+    """Return an adapter's config that selects these modules and no other, by their names here."""
+    patterns = {
+        field: {found.get(name, name): value for name, value in (getattr(config, field) or {}).items()}
+        for field in ("rank_pattern", "alpha_pattern")
+    }
+    unset = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type")
+    return replace(
+        config,
+        target_modules=sorted(found.values()),
+        inference_mode=True,
+        base_model_name_or_path=None,
+        **patterns,
+        **dict.fromkeys(unset),
+    )
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ the template do not compete as a modality of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -38,8 +39,13 @@ AUDIO = "audio"
 """The slot of sound in a turn."""
 
 MIN_PIXELS = 56 * 56
+"""Of one frame or picture, as qwen-vl-utils has it; the video processor's own default is above 224 x 224."""
+
 MAX_RATIO = 200
 """Of a picture's sides; the processors refuse more."""
+
+GROUPED_BATCHES = 2
+"""So many batches' worth of turns are sorted by length at a time: more pad less, fewer let the model begin sooner."""
 
 
 class ChatTurns:
@@ -50,7 +56,7 @@ class ChatTurns:
     model, base
         As `find_checkpoint` takes them; of them only the processor is read.
     context
-        ``joint``: all modalities in one turn. ``separate``: each in its own.
+        ``joint``: all modalities in one turn. ``separate``: each in its own (the released code then gives texts no turn).
     max_frames
         More frames than these are thinned out evenly.
     max_pixels
@@ -295,11 +301,15 @@ class ClamrEncoder:
 
     def encode_documents(self, clips: Sequence[Mapping[str, Content]]) -> list[dict[str, TokenEmbeddings]]:
         """Return token embeddings for each modality of each clip."""
-        turns = [(index, turn) for index, clip in enumerate(clips) for turn in self._turns.documents(clip)]
         nothing = TokenEmbeddings(np.zeros((0, self.dim), np.float32), np.zeros(0, np.int32))
         results = [dict.fromkeys(clip, nothing) for clip in clips]
-        for (index, turn), embeddings in zip(turns, self._encode([turn for _, turn in turns]), strict=True):
-            results[index] |= _by_modality(turn, embeddings)
+        with ThreadPoolExecutor(1) as ahead:  # decodes and tokenises while the model is at the clips before
+            of_clips = ahead.map(self._turns.documents, clips)
+            made = ((result, turn) for result, turns in zip(results, of_clips, strict=True) for turn in turns)
+            for group in _groups(made, GROUPED_BATCHES * self._batch_tokens):
+                embedded = self._encode([turn for _, turn in group])
+                for (result, turn), embeddings in zip(group, embedded, strict=True):
+                    result |= _by_modality(turn, embeddings)
         return results
 
     def encode_queries(self, queries: Sequence[Query]) -> list[Floats]:
@@ -328,6 +338,18 @@ class ClamrEncoder:
                 embeddings = self._model(to_device(batch, self._device))[kept.to(self._device)].cpu().numpy()
             found |= zip(rows, np.split(embeddings, kept.sum(1).cumsum(0)[:-1].tolist()), strict=True)
         return [found[row] for row in range(len(turns))]
+
+
+def _groups(made: Iterable[tuple[Any, Turn]], tokens: int) -> Iterator[list[tuple[Any, Turn]]]:
+    """Yield what was made in groups of at least so many tokens, the last aside."""
+    group: list[tuple[Any, Turn]] = []
+    for one in made:
+        group.append(one)
+        if sum(len(turn) for _, turn in group) >= tokens:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def to_device(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
