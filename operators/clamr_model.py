@@ -65,7 +65,8 @@ class ClamrModel(nn.Module):
         """Return (B, L, dim) L2-normalised float32 embeddings of what `collate` gave; those of padding mean nothing."""
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         hidden = self.model(**inputs, use_cache=False).last_hidden_state
-        return nn.functional.normalize(self.custom_text_proj(hidden).float(), dim=-1)
+        projected = self.custom_text_proj(hidden.to(self.custom_text_proj.weight.dtype))
+        return nn.functional.normalize(projected.float(), dim=-1)
 
     def collate(self, turns: Sequence[Turn]) -> dict[str, Tensor]:
         """Return turns as a batch, padded on the left, with positions of the backbone's own making.
@@ -123,7 +124,7 @@ def load_model(
     model, base, head
         As `find_checkpoint` takes them.
     precision, attention
-        Of the weights; which implementation of attention transformers uses.
+        Of the backbone's weights; which implementation of attention transformers uses.
 
     Raises
     ------
@@ -142,19 +143,20 @@ def load_model(
         dtype=dtype,
         attn_implementation=attention,
     )
-    loaded = ClamrModel(whole.model, _linear(tensors, whole.model, dtype), family)
+    loaded = ClamrModel(whole.model, _linear(tensors, whole.model), family)
     for adapter in checkpoint.adapters:
         loaded = merge_adapter(loaded, Path(weights.resolve(adapter)))
     loaded.name_or_path = model
     return loaded.eval()
 
 
-def _linear(tensors: Mapping[str, Tensor], backbone: Any, dtype: torch.dtype) -> nn.Linear:
+def _linear(tensors: Mapping[str, Tensor], backbone: Any) -> nn.Linear:
+    """Return the head, in float32: it is small, and so it stays as it was trained."""
     dim, hidden = tensors["weight"].shape
     wanted = backbone.get_input_embeddings().embedding_dim
     if hidden != wanted:
         raise ModelError(f"the head takes hidden states of width {hidden}, but the backbone's are {wanted} wide")
-    head = nn.Linear(hidden, dim, bias="bias" in tensors, dtype=dtype)
+    head = nn.Linear(hidden, dim, bias="bias" in tensors)
     head.load_state_dict(dict(tensors))
     return head
 
