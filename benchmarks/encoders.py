@@ -8,7 +8,8 @@ would be, by the encoder that ``maxreel index`` uses. Tokenizers are those of th
 the texts are as many letters as tokens are wanted; those of FLMR and MIRe make one of a word, of five letters.
 
 A clip is ``--frames`` JPEG frames of 768 x 432 pixels, and speech, screen text and metadata of 400, 120 and 40 tokens. Clips
-are handed over ``--batch-clips`` at a time, as ``encode`` does; decoding and normalising the frames is in the time.
+are handed over ``--batch-clips`` at a time, as ``encode`` does; decoding and normalising the frames is in the time. Start-up
+is loading the model and encoding the first clips; tokens are those that come out.
 
 FLOPs are those of the matrix products and convolutions of the forward pass, two to a multiply-add, as torch's
 `FlopCounterMode` counts them with every item in a batch of its own and attention written out (``eager``; a causal mask
@@ -19,6 +20,7 @@ dense bfloat16, for GPUs that `PEAKS` names, else what a large matrix product re
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import re
@@ -273,6 +275,7 @@ def measure(
 ) -> dict[str, float]:
     """Return start-up seconds, seconds for all clips, tokens a second and so on, of one setting."""
     device = parameters["device"]
+    gc.collect()  # of the model before
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()

@@ -3,7 +3,8 @@
 The class follows from ``model_type`` of a checkpoint's ``config.json``: transformers' own table of retrieval models lacks
 half of them. A frame is a document of its own, or, where the model takes video, all frames of a clip are one. Patches
 alone stand for a frame; the papers also score the instruction that goes with it, which says nothing of the picture:
-``prompt_tokens`` keeps it. Text documents are zero-shot except for NeoMME, the only one trained on them.
+``prompt_tokens`` keeps it. A text as a document is its bare tokens, as colpali-engine has it, or what NeoMME's own template
+makes of it; for models that were trained on pictures alone it is zero-shot.
 
 While a batch is computed the next one is decoded and normalised by another thread; on a GPU its pictures are normalised
 there. Batches are padded on the right, where no model sees it: positions stay what they are alone.
