@@ -95,7 +95,7 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _configure_ray_data(no_progress_seconds: float) -> None:
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised, too, with all that it would log
     logging.getLogger("ray").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

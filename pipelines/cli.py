@@ -126,6 +126,8 @@ FILE_SYSTEM_ERRORS = {
 
 def _explain(error: Exception, known_kind: type[Any]) -> tuple[Any, str]:
     """Return the error of ours that an error is or carries, if any, and what to say."""
+    from operators import errors
+
     cause = getattr(error, "cause", None)  # a Ray task's error carries what was raised
     known = next((e for e in (cause, error) if isinstance(e, known_kind)), None)
     text = str(error)
@@ -138,6 +140,9 @@ def _explain(error: Exception, known_kind: type[Any]) -> tuple[Any, str]:
     if known is not None:
         return known, str(known).strip() or type(known).__name__
     raised = _last_line(text) if "Traceback" in text or "ray::" in text else f"{type(error).__name__}: {text.strip()}"
+    if ours := re.fullmatch(r"operators\.errors\.(\w+): (.*)", raised):  # of an actor that did not start
+        kind, message = ours.groups()
+        return getattr(errors, kind)(message), message
     return None, f"{raised} (-v shows where)"
 
 

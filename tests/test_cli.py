@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from cluster.lease import Lease
 from cluster.store import Store
-from operators.errors import MaxreelError
+from operators.errors import MaxreelError, ModelError
 from pipelines import cli
 from pipelines.cli import app
 
@@ -97,6 +97,12 @@ def test_a_defect_in_a_worker_is_shown_by_its_own_line():
     )
     assert cli._explain(RuntimeError(text), MaxreelError) == (None, "KeyError: 'a' (-v shows where)")
     assert cli._explain(ValueError("odd"), MaxreelError) == (None, "ValueError: odd (-v shows where)")
+
+
+def test_an_actor_that_could_not_start_says_what_our_error_says():
+    text = "The actor died\nray::Encode()\n    raise ModelError(\noperators.errors.ModelError: 1 weights are missing\n"
+    known, message = cli._explain(RuntimeError(text), MaxreelError)
+    assert (type(known), message) == (ModelError, "1 weights are missing")
 
 
 @pytest.mark.parametrize(
