@@ -38,8 +38,10 @@ class VisualTokens(nn.Module):
         super().__init__()
         self.head, self.guided = head, guided
 
-    def forward(self, vectors: Tensor, patches: Tensor, guide: Tensor, guide_mask: Tensor) -> Tensor:
-        """Return (B, n, dim) token embeddings; arguments as of `MireVision.forward`."""
+    def forward(
+        self, vectors: Tensor, patches: Tensor | None, guide: Tensor | None, guide_mask: Tensor | None
+    ) -> Tensor:
+        """Return (B, n, dim) token embeddings; arguments as of `MireVision.forward`, None where it is not guided."""
         tokens = self.head(vectors, patches, guide, guide_mask) if self.guided else self.head(vectors)
         return nn.functional.normalize(tokens, dim=-1)
 

@@ -419,6 +419,26 @@ def sweep(
 
 
 @_command()
+def train(
+    system: Annotated[Literal["clamr", "flmr", "mire"], typer.Argument(help="Whose head is trained.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for features, checkpoints, the head and its metrics.")],
+    examples: Annotated[
+        Path | None,
+        typer.Option("--examples", help="JSON lines; for flmr and mire the store's frames and texts unless given."),
+    ] = None,
+) -> Command:
+    """Train a head between frozen models, or CLaMR's adapters; goes on where it was killed. The store is only read."""
+    from pipelines import render_train
+
+    def work(loaded: Config) -> Any:
+        from pipelines.train import train
+
+        return train(loaded, system, out, examples)
+
+    return work, render_train.trained
+
+
+@_command()
 def status() -> Command:
     """Show tables, rows and versions, what is stale, what failed, and what readers see."""
     from pipelines import render

@@ -437,6 +437,49 @@ class GcConfig(_Model):
     after_nightly: bool = True
 
 
+class TrainResources(_Model):
+    """Speed, not output."""
+
+    num_workers: int = Field(1, ge=1)
+    use_gpu: bool = False
+    num_threads: int = Field(1, ge=1)
+    feature_actors: int | None = Field(None, ge=1)
+
+
+class TrainConfig(_Model):
+    """What ``maxreel train`` learns, and how; the models are those of ``encode.clamr``, ``encode.flmr`` and ``encode.mire``.
+
+    Of clamr are ``loss``, ``aggregation``, ``lora_rank`` (0 trains the head alone) and ``new_head_dim`` (for a backbone that
+    has no head). Of flmr and mire are ``both_ways``, which also lets texts find pictures, ``passage_tokens``, and of a new head
+    ``num_tokens`` and, of mire, ``num_heads``: with them and the text tower's width its size grows as a square.
+    ``temperature``, ``learning_rate`` and these two are the paper's unless given. ``batch`` is that of all workers together,
+    ``held_out`` a share of videos or images, measured on ``max_held_out`` examples at most, ``warmup`` a share of steps.
+    """
+
+    loss: Literal["contrastive", "contrastive_hard_positive", "contrastive_hard_negative", "pairwise"] = (
+        "contrastive_hard_positive"
+    )
+    aggregation: Literal["modality_max", "token_max"] = "modality_max"
+    lora_rank: int = Field(0, ge=0)
+    new_head_dim: int = Field(128, ge=8)
+    both_ways: bool = True
+    passage_tokens: int = Field(256, ge=1)
+    num_tokens: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, gt=0)
+    epochs: int = Field(5, ge=1)
+    batch: int = Field(32, ge=2)
+    learning_rate: float | None = Field(None, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    held_out: float = Field(0.1, gt=0, lt=1)
+    max_held_out: int = Field(1000, ge=2)
+    checkpoint_steps: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    resources: TrainResources = TrainResources()
+
+
 class PricesConfig(_Model):
     """What an hour of a core and of a GPU, and a month of a gigabyte cost."""
 
@@ -464,6 +507,7 @@ class Config(_Model):
     evaluate: EvaluateConfig = EvaluateConfig()
     gates: GatesConfig = GatesConfig()
     gc: GcConfig = GcConfig()
+    train: TrainConfig = TrainConfig()
     prices: PricesConfig | None = None
 
 
