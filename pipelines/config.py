@@ -450,9 +450,9 @@ class TrainConfig(_Model):
     """What ``maxreel train`` learns, and how; the models are those of ``encode.clamr``, ``encode.flmr`` and ``encode.mire``.
 
     Of clamr are ``loss``, ``aggregation``, ``lora_rank`` (0 trains the head alone) and ``new_head_dim`` (for a backbone that
-    has no head). Of flmr and mire are ``both_ways``, which also lets texts find pictures, ``passage_tokens``, and of a new head
-    ``num_tokens`` and, of mire, ``num_heads``: with them and the text tower's width its size grows as a square.
-    ``temperature``, ``learning_rate`` and these two are the paper's unless given. ``batch`` is that of all workers together,
+    has no head). Of flmr and mire are ``both_ways``, which also lets texts find pictures, ``passage_tokens``, and of a head
+    made anew ``num_tokens`` and, of mire, ``num_heads``: its size grows with the square of these times the width.
+    They, ``temperature`` and ``learning_rate`` are the paper's unless given. ``batch`` is that of all workers together,
     ``held_out`` a share of videos or images, measured on ``max_held_out`` examples at most, ``warmup`` a share of steps.
     """
 

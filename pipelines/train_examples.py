@@ -212,7 +212,7 @@ def _clips(
     store: Store, version: int | None, columns: Sequence[str], frames: bool = False
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of each clip, in order; pictures themselves are not read, only how many there are."""
-    counted = {name: name for name in columns} | ({"num_frames": "length(frames)"} if frames else {})
+    counted = {name: name for name in columns} | ({"num_frames": "array_length(frames)"} if frames else {})
     rows: pa.Table = store.open(MODALITIES, version).scanner(columns=counted, with_row_id=True).to_table()
     clip: list[dict[str, Any]] = []
     for row in rows.sort_by([("video_id", "ascending"), ("clip", "ascending"), ("modality", "ascending")]).to_pylist():

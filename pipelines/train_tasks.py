@@ -329,12 +329,10 @@ class ClamrTask:
             for name, tensor in self._clamr.custom_text_proj.state_dict().items()
         }
         save_file(head, folder / "head.safetensors")
+        config = {"system": "clamr", "base": self._plan.clamr.model}
+        (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         if self._plan.train.lora_rank:
-            self.module.model.peft_config["default"].base_model_name_or_path = self._plan.clamr.model  # type: ignore
             self.module.model.save_pretrained(str(folder))  # type: ignore[operator]
-        else:
-            config = {"system": "clamr", "base": self._plan.clamr.model}
-            (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
     def _queries(self, places: Sequence[int]) -> dict[str, Tensor]:
         turns = [self._turns.query(Query(self._plan.examples.queries[place])) for place in places]

@@ -1,0 +1,379 @@
+"""Training: examples, cached features, the loop with its checkpoints, and heads that encoders then load."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from cluster.store import MODALITIES, Store
+from operators import schema
+from operators.encoder_clamr import ClamrEncoder
+from operators.encoder_flmr import FlmrEncoder
+from operators.encoders import Content, Query
+from operators.errors import ConfigError
+from pipelines.config import load
+from pipelines.render_train import trained as render
+from pipelines.train import _compared, _keep_settings, _settings, train
+from pipelines.train_examples import read_examples
+from pipelines.train_features import Features, MakeFeatures, Towers, make_features
+from pipelines.train_loop import CHECKPOINT, Schedule, fit
+from pipelines.train_tasks import AlignmentPlan, ClamrPlan
+
+CPU = torch.device("cpu")
+TEXTS = ["red cat", "the dog", "moon", "cat on the mat", "red moon", "this dog is red"]
+
+
+def picture(seed):
+    coarse = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(coarse).resize((40, 32)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Twelve pictures of six scenes, with questions, passages and negatives."""
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = []
+    for number in range(12):
+        scene = number % 6
+        (folder / f"{number}.png").write_bytes(picture(number))
+        line = {"image": f"{number}.png", "passage": TEXTS[scene], "text": "what is this", "group": f"scene {scene}"}
+        lines.append(line | {"negatives": [TEXTS[(scene + 1) % 6]]})
+    return write(folder / "pairs.jsonl", lines)
+
+
+def write(file, lines):
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def config_for(tiny_flmr, system, *assignments, store=None):
+    models = [f"encode.{system}.text_model={tiny_flmr.colbert}", f"encode.{system}.vision_model={tiny_flmr.clip}"]
+    lengths = [f"encode.{system}.query_length=12", f"encode.{system}.document_length=10"]
+    small = ["train.num_tokens=3", "train.num_heads=2", "train.batch=4", "train.epochs=3", "train.held_out=0.3"]
+    return load([], [*models, *lengths, *small, "train.learning_rate=0.01", *assignments], store)
+
+
+def features_of(config, system, examples, folder):
+    """Make features without Ray."""
+    towers = Towers.of(system, getattr(config.encode, system), config.train)
+    made = {}
+    for kind, items in (
+        ("pictures", examples.pictures),
+        ("passages", examples.documents),
+        ("guides", examples.queries),
+    ):
+        made[kind] = Features(folder / kind, len(items), kind)
+        work = [{"shard": shard, "items": [items[i] for i in places]} for shard, places in enumerate(made[kind].shards)]
+        MakeFeatures(made[kind], towers, None, None)(pa.Table.from_pylist(work))
+    return made
+
+
+@pytest.fixture(scope="module", params=["flmr", "mire"])
+def alignment(request, pairs, tiny_flmr, tmp_path_factory):
+    """A system's plan and schedule."""
+    config = config_for(tiny_flmr, request.param)
+    examples = read_examples(request.param, pairs, None, None)
+    features = features_of(config, request.param, examples, tmp_path_factory.mktemp("features"))
+    towers = getattr(config.encode, request.param)
+    plan = AlignmentPlan(request.param, examples, features, towers, config.train)
+    return plan, Schedule(*examples.split(0.3, 100, 0), 4, config.train, 0.01)
+
+
+def run(plan, schedule, restored=None, stop_after=None, folder=None):
+    """Train in this process; ``stop_after`` so many checkpoints it is killed. Return the module and the losses."""
+    torch.manual_seed(0)
+    task, reports = plan.make(CPU), []
+
+    def report(metrics, saved):
+        reports.append(metrics["step"])
+        if stop_after == len(reports):
+            (folder / CHECKPOINT).write_bytes((saved / CHECKPOINT).read_bytes())
+            raise KeyboardInterrupt
+
+    try:
+        return task, fit(task, task.module, schedule, report, restored)
+    except KeyboardInterrupt:
+        return task, None
+
+
+def test_no_group_is_on_both_sides_and_the_split_is_the_same_every_time(pairs):
+    examples = read_examples("flmr", pairs, None, None)
+    trained, held_out = examples.split(0.3, 100, seed=1)
+    groups = [{examples.rows[row].group for row in side} for side in (trained, held_out)]
+    assert not groups[0] & groups[1]
+    assert len(groups[1]) == 2
+    assert sorted(trained + held_out) == list(range(12))
+    assert (trained, held_out) == read_examples("flmr", pairs, None, None).split(0.3, 100, seed=1)
+    assert len(examples.split(0.3, 3, seed=1)[1]) == 3
+
+
+def test_lines_that_say_so_are_held_out_and_no_others(tmp_path, pairs):
+    lines = [
+        json.loads(line) | {"held_out": number in (2, 7)} for number, line in enumerate(pairs.read_text().splitlines())
+    ]
+    file = write(pairs.parent / "said.jsonl", lines)
+    assert read_examples("flmr", file, None, None).split(0.5, 100, 0)[1] in ([2, 7], [7, 2])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"passage": "moon"}, "image must be a text"),
+        ({"image": "0.png", "passage": " "}, "passage must be a text"),
+        ({"image": "none.png", "passage": "moon"}, "there is no image"),
+        ({"image": "0.png", "passage": "moon", "negatives": "moon"}, "negatives must be a list"),
+        ([1], "is no JSON object"),
+    ],
+)
+def test_a_broken_line_is_named(pairs, line, message):
+    file = write(pairs.parent / "broken.jsonl", [{"image": "0.png", "passage": "moon"}, line])
+    with pytest.raises(ConfigError, match=f"line 2.*{message}"):
+        read_examples("mire", file, None, None)
+
+
+def test_examples_that_cannot_be_are_refused(tmp_path, pairs):
+    with pytest.raises(ConfigError, match="--store whose clips they name"):
+        read_examples("clamr", pairs, None, None)
+    with pytest.raises(ConfigError, match="or a --store"):
+        read_examples("flmr", None, None, None)
+    with pytest.raises(ConfigError, match="gives no examples"):
+        read_examples("flmr", write(tmp_path / "empty.jsonl", []), None, None)
+    one = write(pairs.parent / "one.jsonl", [{"image": "0.png", "passage": "moon"}])
+    with pytest.raises(ConfigError, match="cannot be split"):
+        read_examples("flmr", one, None, None).split(0.1, 10, 0)
+
+
+def test_features_are_what_the_towers_give(alignment):
+    plan, _ = alignment
+    towers = Towers.of(plan.system, plan.towers, plan.train)
+    vectors, patches = towers.open_vision().features([Image.open(io.BytesIO(picture(5))).convert("RGB")])
+    place = plan.examples.rows[5].picture
+    np.testing.assert_allclose(plan.features["pictures"].rows("vectors", [place])[0], vectors[0], atol=2e-3)
+    np.testing.assert_allclose(plan.features["pictures"].rows("patches", [place])[0], patches[0], atol=2e-3)
+    places = [plan.examples.documents.index("moon"), plan.examples.documents.index("cat on the mat")]
+    tokens, mask = plan.features["passages"].texts(places)
+    for row, text in enumerate(["moon", "cat on the mat"]):
+        [states] = towers.open_text().encode_documents([text])
+        wanted = torch.nn.functional.normalize(states.embeddings, dim=-1)[states.row.kept]
+        np.testing.assert_allclose(tokens[row][mask[row]], wanted, atol=2e-3)
+    assert (tokens[0][~mask[0]] == 0).all()
+
+
+def test_a_step_lowers_the_loss_and_only_the_head_learns(alignment):
+    plan, schedule = alignment
+    task, losses = run(plan, replace(schedule, config=schedule.config.model_copy(update={"epochs": 20})))
+    assert len(losses) == 20
+    assert losses[-1] < 0.7 * losses[0]
+    assert {name.split(".")[0] for name, _ in task.module.named_parameters()} == {"head"}
+
+
+def test_a_killed_run_ends_with_the_weights_and_losses_of_one_that_was_not(alignment, tmp_path):
+    plan, schedule = alignment
+    whole, losses = run(plan, schedule)
+    run(plan, schedule, stop_after=2, folder=tmp_path)
+    restored, again = run(plan, schedule, restored=tmp_path)
+    assert again == losses
+    for name, weight in whole.module.state_dict().items():
+        assert torch.equal(weight, restored.module.state_dict()[name])
+
+
+def test_a_tower_that_is_not_there_and_a_batch_that_cannot_be_shared_are_refused(pairs, tiny_flmr, tmp_path):
+    with pytest.raises(ConfigError, match=r"2 workers cannot share evenly.*for example 2"):
+        train(config_for(tiny_flmr, "flmr", "train.batch=3", "train.resources.num_workers=2"), "flmr", tmp_path, pairs)
+    with pytest.raises(ConfigError, match=r"fewer than train.batch"):
+        train(config_for(tiny_flmr, "flmr", "train.batch=64"), "flmr", tmp_path, pairs)
+    (tmp_path / "others").write_text("mine")
+    with pytest.raises(ConfigError, match="no run of train"):
+        train(config_for(tiny_flmr, "flmr"), "flmr", tmp_path, pairs)
+
+
+def test_the_folder_of_a_run_with_other_settings_is_refused_by_their_names(pairs, tiny_flmr, tmp_path):
+    examples = read_examples("flmr", pairs, None, None)
+    _keep_settings(tmp_path / "run", _settings(config_for(tiny_flmr, "flmr"), "flmr", examples))
+    _keep_settings(tmp_path / "run", _settings(config_for(tiny_flmr, "flmr"), "flmr", examples))
+    faster = config_for(tiny_flmr, "flmr", "train.resources.num_workers=2")
+    _keep_settings(tmp_path / "run", _settings(faster, "flmr", examples))
+    other = config_for(tiny_flmr, "flmr", "train.seed=3", "encode.flmr.query_length=11")
+    with pytest.raises(ConfigError, match=r"models.query_length, train.seed"):
+        _keep_settings(tmp_path / "run", _settings(other, "flmr", examples))
+
+
+def test_a_group_counts_once_however_many_queries_it_has():
+    before = {"x": {"group": ["a", "a", "a", "b"], "R@1": [0, 0, 0, 1], "nDCG@10": [0] * 4, "chance": [0.5] * 4}}
+    after = {"x": before["x"] | {"R@1": [1, 1, 0, 1]}}
+    found = _compared(before, after)["x"]
+    assert found["measures"]["R@1"]["before"][0] == 0.5
+    assert found["measures"]["R@1"]["after"][0] == pytest.approx((2 / 3 + 1) / 2)
+    assert found["measures"]["R@1"]["difference"]["difference"] == pytest.approx(1 / 3)
+    assert (found["queries"], found["groups"]) == (4, 2)
+
+
+@pytest.fixture(scope="module")
+def runs(pairs, tiny_flmr, tmp_path_factory, cluster):
+    """A whole run of one worker, and one of two."""
+    out = tmp_path_factory.mktemp("runs")
+    alone = train(config_for(tiny_flmr, "flmr"), "flmr", out / "1", pairs)
+    both = train(config_for(tiny_flmr, "flmr", "train.resources.num_workers=2"), "flmr", out / "2", pairs)
+    return out, alone, both
+
+
+def test_two_workers_learn_what_one_does(runs):
+    _, alone, both = runs
+    assert both["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert len(alone["losses"]) == 3
+
+
+def test_a_trained_head_is_loaded_by_the_encoder(runs, tiny_flmr):
+    out, alone, _ = runs
+    config = config_for(tiny_flmr, "flmr", f"encode.flmr.head={alone['head']}")
+    encoder = FlmrEncoder(**config.encode.flmr.model_dump())
+    [tokens] = encoder.encode_queries([Query(image=picture(0))])
+    assert tokens.shape == (3, encoder.dim)
+    assert f"encode.flmr.head={out / '1' / 'head'}" in alone["next"][0]
+    assert tiny_flmr.colbert in alone["next"][0]
+
+
+def test_a_finished_run_is_not_run_again(runs, pairs, tiny_flmr):
+    out, alone, _ = runs
+    before = (out / "1" / "head" / "head.safetensors").stat().st_mtime_ns
+    assert train(config_for(tiny_flmr, "flmr"), "flmr", out / "1", pairs) == json.loads(json.dumps(alone))
+    assert (out / "1" / "head" / "head.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_summary_says_what_was_learned_and_what_to_type(runs, capsys):
+    _, alone, _ = runs
+    render(alone)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("text to frame", "image to text", "chance", "R@1", "maxreel encode --store"))
+
+
+def test_features_that_are_there_are_not_made_again(runs, tiny_flmr, pairs):
+    out, _, _ = runs
+    config = config_for(tiny_flmr, "flmr")
+    examples = read_examples("flmr", pairs, None, None)
+    towers = Towers.of("flmr", config.encode.flmr, config.train)
+    # Without CPUs nothing could be computed.
+    kept = make_features(out / "1" / "features", "pictures", examples.pictures, towers, None, None, {"CPU": 0.0})
+    assert kept.rows("vectors", [0]).shape == (1, 16)
+
+
+def row(video_id, modality, texts=(), frames=(), clip=0):
+    spans = [
+        {"start_seconds": 0.0, "stop_seconds": 1.0, "text": text, "confidence": 1.0, "language": "en"} for text in texts
+    ]
+    pictures = [{"pts_seconds": float(i), "jpeg": picture(seed)} for i, seed in enumerate(frames)]
+    return {"video_id": video_id, "clip": clip, "modality": modality, "num_clips": 1} | {
+        "start_seconds": 0.0,
+        "stop_seconds": 1.0,
+        "fingerprint": f"{video_id} {modality}",
+        "spans": spans,
+        "frames": pictures,
+    }
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A store of six clips: two frames, something said, and for some a title."""
+    store = Store.at(str(tmp_path_factory.mktemp("clips") / "store"))
+    store.prepare()
+    rows = []
+    for number, text in enumerate(TEXTS):
+        rows.append(row(f"v{number}", schema.FRAME, frames=(number, number + 50)))
+        rows.append(row(f"v{number}", schema.SPEECH, [text]))
+        if number % 2:
+            rows.append(row(f"v{number}", schema.METADATA, [f"title {number}"]))
+    rows.append(row("long", schema.SPEECH, ["one"]))
+    rows.append(row("long", schema.SPEECH, ["two"], clip=1))
+    store.append(MODALITIES, pa.Table.from_pylist(rows, schema=schema.MODALITY_ROWS))
+    return store
+
+
+def test_a_store_pairs_each_frame_with_the_texts_of_its_clip(clips):
+    examples = read_examples("mire", None, clips, clips.open(MODALITIES).version)
+    pairs = [(row.group, json.loads(examples.pictures[row.picture])["frame"]) for row in examples.rows]
+    assert sorted(set(pairs)) == [(f"v{number}", frame) for number in range(6) for frame in range(2)]
+    assert len(pairs) == 2 * (6 + 3)
+    assert set(examples.documents) == {*TEXTS, "title 1", "title 3", "title 5"}
+
+
+def test_frames_of_a_store_are_the_pictures_whose_features_are_made(clips, tiny_flmr, tmp_path):
+    version = clips.open(MODALITIES).version
+    examples = read_examples("flmr", None, clips, version)
+    towers = Towers.of("flmr", config_for(tiny_flmr, "flmr").encode.flmr, config_for(tiny_flmr, "flmr").train)
+    features = Features(tmp_path / "pictures", len(examples.pictures), "pictures")
+    work = pa.Table.from_pylist([{"shard": 0, "items": examples.pictures}])
+    MakeFeatures(features, towers, clips, version)(work)
+    wanted, _ = towers.open_vision().features([Image.open(io.BytesIO(picture(53))).convert("RGB")])
+    place = next(row.picture for row in examples.rows if row.group == "v3" and '"frame": 1' in
+                 examples.pictures[row.picture])  # fmt: skip
+    np.testing.assert_allclose(features.rows("vectors", [place])[0], wanted[0], atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def tiny_clamr(tmp_path_factory):
+    from tests.tiny_qwen import save_vl
+
+    return str(save_vl(tmp_path_factory.mktemp("clamr")))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    lines = [
+        {"text": f"red {text}", "video_id": f"v{number}", "target_modality": "speech", "negatives": ["long"] * 0}
+        for number, text in enumerate(TEXTS)
+    ]
+    lines[0]["negatives"] = ["v3"]
+    return write(tmp_path_factory.mktemp("questions") / "questions.jsonl", lines)
+
+
+def clamr_plan(tiny_clamr, clips, questions, *assignments):
+    small = ["encode.clamr.max_pixels=3136", "encode.clamr.precision=float32", "train.batch=3", "train.epochs=4"]
+    config = load([], [f"encode.clamr.model={tiny_clamr}", *small, *assignments])
+    version = clips.open(MODALITIES).version
+    examples = read_examples("clamr", questions, clips, version)
+    schedule = Schedule(*examples.split(0.3, 10, 0), 3, config.train, 0.01)
+    return ClamrPlan(examples, clips, version, config.encode.clamr, config.train, None), schedule
+
+
+@pytest.mark.parametrize(("rank", "loss"), [(0, "contrastive_hard_positive"), (2, "contrastive_hard_negative")])
+def test_clamr_trains_its_head_or_adapters_and_the_encoder_loads_them(
+    tiny_clamr, clips, questions, tmp_path, rank, loss
+):
+    plan, schedule = clamr_plan(tiny_clamr, clips, questions, f"train.lora_rank={rank}", f"train.loss={loss}")
+    task, losses = run(plan, schedule)
+    assert losses[-1] < losses[0]
+    learned = {name for name, parameter in task.module.named_parameters() if parameter.requires_grad}
+    assert any("lora_" in name for name in learned) == bool(rank)
+    assert all("lora_" in name or "custom_text_proj" in name for name in learned)
+    task.save(tmp_path / "head")
+    settings = plan.clamr.model_dump() | {"model": str(tmp_path / "head")}
+    clip = {"speech": Content([{"text": "red cat"}])}
+    before = ClamrEncoder(**plan.clamr.model_dump()).encode_documents([clip])[0]["speech"].embeddings
+    after = ClamrEncoder(**settings).encode_documents([clip])[0]["speech"].embeddings
+    task.module.eval()
+    [turn] = task._turns.documents(clip)
+    batch = task._clamr.collate([turn])
+    with torch.no_grad():
+        trained = task.module(batch, batch)[0][0][torch.from_numpy(turn.modality >= 0)]
+    np.testing.assert_allclose(after, trained.numpy(), atol=1e-5)
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_clamrs_examples_name_clips_that_are_there(clips, tmp_path):
+    version = clips.open(MODALITIES).version
+    for line, message in (
+        ({"text": "a", "video_id": "none"}, "no clip None of a video 'none'"),
+        ({"text": "a", "video_id": "long"}, 'has 2 clips; say which with "clip"'),
+        ({"text": "a", "video_id": "v1", "target_modality": "smell"}, "no modality 'smell'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_examples("clamr", write(tmp_path / "q.jsonl", [line]), clips, version)
+    named = write(tmp_path / "q.jsonl", [{"text": "a", "video_id": "long", "clip": 1}])
+    assert read_examples("clamr", named, clips, version).documents == ['["long", 1]']
