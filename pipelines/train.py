@@ -29,7 +29,7 @@ from operators.significance import bootstrap, compare
 from pipelines.config import Config, TowersConfig
 from pipelines.job import open_store
 from pipelines.train_examples import Examples, System, read_examples
-from pipelines.train_features import Towers, make_features
+from pipelines.train_features import Kind, Towers, make_features
 from pipelines.train_loop import Schedule, train_on_worker
 from pipelines.train_tasks import AlignmentPlan, ClamrPlan
 
@@ -142,22 +142,11 @@ def _plan(
             f"starts from encode.{system}.head where that is given"
         )
     models = Towers.of(system, towers, config.train)
-    kinds = {"pictures": examples.pictures, "passages": examples.documents}
+    items: dict[Kind, list[str]] = {"pictures": examples.pictures, "passages": examples.documents}
     if system == "mire":
-        kinds["guides"] = examples.queries
-    features = {
-        kind: make_features(
-            out / "features",
-            kind,  # type: ignore[arg-type]
-            items,
-            models,
-            store,
-            version,
-            cluster_resources(),
-            config.train.resources.feature_actors,
-        )
-        for kind, items in kinds.items()
-    }
+        items["guides"] = examples.queries
+    actors = config.train.resources.feature_actors
+    features = make_features(out / "features", items, models, store, version, cluster_resources(), actors)
     return AlignmentPlan(system, examples, features, towers, config.train)
 
 

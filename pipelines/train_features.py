@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -147,33 +147,38 @@ class Features:
 
 
 class MakeFeatures:
-    """Makes shards, in an actor that holds a tower."""
+    """Makes shards, in an actor that loads a tower when it first needs it."""
 
-    def __init__(self, features: Features, towers: Towers, store: Store | None, version: int | None) -> None:
-        self._features, self._store, self._version = features, store, version
-        self._dim = 0
-        if features.kind == "pictures":
-            self._tower = towers.open_vision()
-        else:
-            self._tower, self._passage_tokens = towers.open_text(), towers.passage_tokens
+    def __init__(
+        self, features: Mapping[Kind, Features], towers: Towers, store: Store | None, version: int | None
+    ) -> None:
+        self._features, self._towers, self._store, self._version = features, towers, store, version
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Write the shards of a batch and return their numbers."""
-        for shard in batch.to_pylist():
-            self._write(self._features.path(shard["shard"]), self._make(shard["items"]))
+        for work in batch.to_pylist():
+            self._write(self._features[work["kind"]].path(work["shard"]), self._make(work["kind"], work["items"]))
         return batch.select(["shard"])
 
-    def _make(self, items: Sequence[str]) -> dict[str, Any]:
-        if self._features.kind == "pictures":
+    @cached_property
+    def _text(self) -> Any:
+        return self._towers.open_text()
+
+    @cached_property
+    def _vision(self) -> Any:
+        return self._towers.open_vision()
+
+    def _make(self, kind: str, items: Sequence[str]) -> dict[str, Any]:
+        if kind == "pictures":
             return self._of_pictures([json.loads(item) for item in items])
-        tokens = self._of_guides(items) if self._features.kind == "guides" else self._of_passages(items)
+        tokens = self._of_guides(items) if kind == "guides" else self._of_passages(items)
         return {"tokens": np.concatenate(tokens), "ends": np.cumsum([len(of_text) for of_text in tokens])}
 
     def _of_pictures(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         vectors, patches = [], []
         for first in range(0, len(items), BATCH_PICTURES):
             encoded = self._read(items[first : first + BATCH_PICTURES])
-            of_batch = self._tower.features([open_picture(picture) for picture in encoded])
+            of_batch = self._vision.features([open_picture(picture) for picture in encoded])
             vectors.append(of_batch[0].half().cpu().numpy())
             patches.append(of_batch[1].half().cpu().numpy())
         return {"vectors": np.concatenate(vectors), "patches": np.concatenate(patches)}
@@ -191,16 +196,16 @@ class MakeFeatures:
 
     def _of_guides(self, texts: Sequence[str]) -> list[Halves]:
         """Return what MIRe's pooling is guided by: embeddings as they are, of words only; of no text, of its fixed one."""
-        encoded = self._tower.encode_queries([text if text.strip() else GUIDE for text in texts], filled=False)
+        encoded = self._text.encode_queries([text if text.strip() else GUIDE for text in texts], filled=False)
         return [states.embeddings.cpu().numpy()[states.row.kept].astype(np.float16) for states in encoded]
 
     def _of_passages(self, texts: Sequence[str]) -> list[Halves]:
         import torch
 
-        encoded = self._tower.encode_documents(list(texts))
+        encoded = self._text.encode_documents(list(texts))
         units = [torch.nn.functional.normalize(states.embeddings, dim=-1).cpu().numpy() for states in encoded]
         return [
-            embeddings[states.row.kept][: self._passage_tokens].astype(np.float16)
+            embeddings[states.row.kept][: self._towers.passage_tokens].astype(np.float16)
             for states, embeddings in zip(encoded, units, strict=True)
         ]
 
@@ -217,36 +222,37 @@ class MakeFeatures:
 
 def make_features(
     folder: Path,
-    kind: Kind,
-    items: Sequence[str],
+    items: Mapping[Kind, Sequence[str]],
     towers: Towers,
     store: Store | None,
     version: int | None,
     resources: Mapping[str, float],
     actors: int | None = None,
-) -> Features:
-    """Return the features of items, computing those that are not on disk yet; Ray is running.
+) -> dict[Kind, Features]:
+    """Return the features of each kind's items, computing those that are not on disk yet; Ray is running.
 
     Raises
     ------
     ScheduleError
         If the actors do not fit the cluster.
     """
-    features = Features(folder / f"{kind}-{fingerprint(towers.fingerprint_of(kind), items)[:12]}", len(items), kind)
-    missing = [shard for shard in range(len(features.shards)) if not features.path(shard).exists()]
-    if not missing:
+    features = {
+        kind: Features(folder / f"{kind}-{fingerprint(towers.fingerprint_of(kind), of_kind)[:12]}", len(of_kind), kind)
+        for kind, of_kind in items.items()
+    }
+    work = missing(features, items)
+    if not work:
         return features
-    [pool] = plan_actors({f"features of {kind}": 1.0}, resources["CPU"], {f"features of {kind}": actors}, len(missing))
-    num_gpus = 1.0 if towers.device == "cuda" else 0.0
+    [pool] = plan_actors({"features": 1.0}, resources["CPU"], {"features": actors}, len(work))
+    pool = replace(pool, num_gpus=1.0 if towers.device == "cuda" else 0.0)
     check_schedule([pool], 0, resources)
-    work = pa.table({"shard": missing, "items": [[items[i] for i in features.shards[shard]] for shard in missing]})
-    made = blocks(work, even_sizes(len(missing), len(missing))).map_batches(
+    made = blocks(pa.Table.from_pylist(work), even_sizes(len(work), len(work))).map_batches(
         MakeFeatures,
         fn_constructor_kwargs={"features": features, "towers": towers, "store": store, "version": version},
         batch_format="pyarrow",
         batch_size=None,
         num_cpus=pool.num_cpus,
-        num_gpus=num_gpus or None,
+        num_gpus=pool.num_gpus or None,
         compute=ray.data.ActorPoolStrategy(size=pool.num_actors),
         max_restarts=2,
         max_task_retries=1,
@@ -254,3 +260,13 @@ def make_features(
     for _ in made.iter_rows():
         pass
     return features
+
+
+def missing(features: Mapping[Kind, Features], items: Mapping[Kind, Sequence[str]]) -> list[dict[str, Any]]:
+    """Return the shards that are not on disk: ``kind``, ``shard`` and ``items`` of each."""
+    return [
+        {"kind": kind, "shard": shard, "items": [items[kind][i] for i in places]}
+        for kind, of_kind in features.items()
+        for shard, places in enumerate(of_kind.shards)
+        if not of_kind.path(shard).exists()
+    ]

@@ -24,7 +24,7 @@ from operators.errors import ConfigError
 from operators.heads import TRAINED_BETWEEN, build_head, open_head, save_head, trained_between
 from pipelines.config import ClamrConfig, TowersConfig, TrainConfig
 from pipelines.train_examples import Examples
-from pipelines.train_features import Features
+from pipelines.train_features import Features, Kind
 
 EVALUATION_ROWS = 64
 """Queries, and documents, encoded or scored at a time on held-out pairs."""
@@ -57,7 +57,7 @@ class AlignmentPlan:
 
     system: str
     examples: Examples
-    features: Mapping[str, Features]
+    features: Mapping[Kind, Features]
     towers: TowersConfig
     train: TrainConfig
 
@@ -165,7 +165,7 @@ class AlignmentTask:
         guide, mask = self._texts("guides", [row.query for row in chosen])
         return vectors, self._moved(self._features["pictures"].rows("patches", pictures)), guide, mask
 
-    def _texts(self, kind: str, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _texts(self, kind: Kind, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         tokens, mask = self._features[kind].texts(places)
         return self._moved(tokens), torch.from_numpy(mask).to(self._device)
 

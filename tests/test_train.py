@@ -16,11 +16,12 @@ from operators.encoder_clamr import ClamrEncoder
 from operators.encoder_flmr import FlmrEncoder
 from operators.encoders import Content, Query
 from operators.errors import ConfigError
+from operators.heads import open_head
 from pipelines.config import load
 from pipelines.render_train import trained as render
-from pipelines.train import _compared, _keep_settings, _settings, train
+from pipelines.train import _compared, _keep_settings, _plan, _schedule, _settings, train
 from pipelines.train_examples import read_examples
-from pipelines.train_features import Features, MakeFeatures, Towers, make_features
+from pipelines.train_features import Features, MakeFeatures, Towers, missing
 from pipelines.train_loop import CHECKPOINT, Schedule, fit
 from pipelines.train_tasks import AlignmentPlan, ClamrPlan
 
@@ -63,15 +64,10 @@ def config_for(tiny_flmr, system, *assignments, store=None):
 def features_of(config, system, examples, folder):
     """Make features without Ray."""
     towers = Towers.of(system, getattr(config.encode, system), config.train)
-    made = {}
-    for kind, items in (
-        ("pictures", examples.pictures),
-        ("passages", examples.documents),
-        ("guides", examples.queries),
-    ):
-        made[kind] = Features(folder / kind, len(items), kind)
-        work = [{"shard": shard, "items": [items[i] for i in places]} for shard, places in enumerate(made[kind].shards)]
-        MakeFeatures(made[kind], towers, None, None)(pa.Table.from_pylist(work))
+    items = {"pictures": examples.pictures, "passages": examples.documents, "guides": examples.queries}
+    made = {kind: Features(folder / kind, len(of_kind), kind) for kind, of_kind in items.items()}
+    MakeFeatures(made, towers, None, None)(pa.Table.from_pylist(missing(made, items)))
+    assert missing(made, items) == []
     return made
 
 
@@ -216,52 +212,47 @@ def test_a_group_counts_once_however_many_queries_it_has():
 
 
 @pytest.fixture(scope="module")
-def runs(pairs, tiny_flmr, tmp_path_factory, cluster):
-    """A whole run of one worker, and one of two."""
-    out = tmp_path_factory.mktemp("runs")
-    alone = train(config_for(tiny_flmr, "flmr"), "flmr", out / "1", pairs)
-    both = train(config_for(tiny_flmr, "flmr", "train.resources.num_workers=2"), "flmr", out / "2", pairs)
-    return out, alone, both
+def trained(pairs, tiny_flmr, tmp_path_factory, cluster):
+    """A whole run of two workers: its folder, and what it returned."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    return out, train(config_for(tiny_flmr, "flmr", "train.resources.num_workers=2"), "flmr", out, pairs)
 
 
-def test_two_workers_learn_what_one_does(runs):
-    _, alone, both = runs
-    assert both["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-    assert len(alone["losses"]) == 3
+def test_two_workers_learn_what_one_does(trained, pairs, tiny_flmr, cluster):
+    out, metrics = trained
+    config = config_for(tiny_flmr, "flmr")
+    examples = read_examples("flmr", pairs, None, None)
+    task, losses = run(
+        _plan(config, "flmr", examples, None, None, out), _schedule(config, "flmr", *examples.split(0.3, 1000, 0))
+    )
+    assert metrics["losses"] == pytest.approx(losses, abs=1e-5)
+    assert len(losses) == 3
+    _, head = open_head(metrics["head"], "flmr")
+    for name, weight in task.module.head.state_dict().items():
+        torch.testing.assert_close(head.state_dict()[name], weight, atol=1e-5, rtol=1e-5)
 
 
-def test_a_trained_head_is_loaded_by_the_encoder(runs, tiny_flmr):
-    out, alone, _ = runs
-    config = config_for(tiny_flmr, "flmr", f"encode.flmr.head={alone['head']}")
+def test_a_trained_head_is_loaded_by_the_encoder(trained, tiny_flmr):
+    out, metrics = trained
+    config = config_for(tiny_flmr, "flmr", f"encode.flmr.head={metrics['head']}")
     encoder = FlmrEncoder(**config.encode.flmr.model_dump())
     [tokens] = encoder.encode_queries([Query(image=picture(0))])
     assert tokens.shape == (3, encoder.dim)
-    assert f"encode.flmr.head={out / '1' / 'head'}" in alone["next"][0]
-    assert tiny_flmr.colbert in alone["next"][0]
+    assert f"encode.flmr.head={out / 'head'}" in metrics["next"][0]
+    assert tiny_flmr.colbert in metrics["next"][0]
 
 
-def test_a_finished_run_is_not_run_again(runs, pairs, tiny_flmr):
-    out, alone, _ = runs
-    before = (out / "1" / "head" / "head.safetensors").stat().st_mtime_ns
-    assert train(config_for(tiny_flmr, "flmr"), "flmr", out / "1", pairs) == json.loads(json.dumps(alone))
-    assert (out / "1" / "head" / "head.safetensors").stat().st_mtime_ns == before
+def test_a_finished_run_is_not_run_again(trained, pairs, tiny_flmr):
+    out, metrics = trained
+    before = (out / "head" / "head.safetensors").stat().st_mtime_ns
+    assert train(config_for(tiny_flmr, "flmr"), "flmr", out, pairs) == json.loads(json.dumps(metrics))
+    assert (out / "head" / "head.safetensors").stat().st_mtime_ns == before
 
 
-def test_the_summary_says_what_was_learned_and_what_to_type(runs, capsys):
-    _, alone, _ = runs
-    render(alone)
+def test_the_summary_says_what_was_learned_and_what_to_type(trained, capsys):
+    render(trained[1])
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("text to frame", "image to text", "chance", "R@1", "maxreel encode --store"))
-
-
-def test_features_that_are_there_are_not_made_again(runs, tiny_flmr, pairs):
-    out, _, _ = runs
-    config = config_for(tiny_flmr, "flmr")
-    examples = read_examples("flmr", pairs, None, None)
-    towers = Towers.of("flmr", config.encode.flmr, config.train)
-    # Without CPUs nothing could be computed.
-    kept = make_features(out / "1" / "features", "pictures", examples.pictures, towers, None, None, {"CPU": 0.0})
-    assert kept.rows("vectors", [0]).shape == (1, 16)
 
 
 def row(video_id, modality, texts=(), frames=(), clip=0):
@@ -308,8 +299,8 @@ def test_frames_of_a_store_are_the_pictures_whose_features_are_made(clips, tiny_
     examples = read_examples("flmr", None, clips, version)
     towers = Towers.of("flmr", config_for(tiny_flmr, "flmr").encode.flmr, config_for(tiny_flmr, "flmr").train)
     features = Features(tmp_path / "pictures", len(examples.pictures), "pictures")
-    work = pa.Table.from_pylist([{"shard": 0, "items": examples.pictures}])
-    MakeFeatures(features, towers, clips, version)(work)
+    work = pa.Table.from_pylist([{"kind": "pictures", "shard": 0, "items": examples.pictures}])
+    MakeFeatures({"pictures": features}, towers, clips, version)(work)
     wanted, _ = towers.open_vision().features([Image.open(io.BytesIO(picture(53))).convert("RGB")])
     place = next(row.picture for row in examples.rows if row.group == "v3" and '"frame": 1' in
                  examples.pictures[row.picture])  # fmt: skip
