@@ -156,17 +156,16 @@ def _first_head(config: Config, out: Path) -> str | None:
     Raises
     ------
     ConfigError
-        If the checkpoint is itself an adapter, without which what is trained on it could not be loaded, or modalities are
-        to be encoded separately.
+        If what is trained could not name what it was trained on, or modalities are to be encoded separately.
     """
     clamr = config.encode.clamr
     if clamr.context != "joint":
         raise ConfigError(f"encode.clamr.context is {clamr.context}; train sees all modalities of a clip: joint")
     checkpoint = find_checkpoint(clamr.model, clamr.base, clamr.head)
-    if checkpoint.adapter or clamr.base:
+    if clamr.base:
         raise ConfigError(
-            f"encode.clamr.model is {clamr.model}, an adapter or head on another model; train starts from a whole model, "
-            "for example vidore/colqwen2.5-base"
+            f"encode.clamr.base is {clamr.base}; train starts from a model that is whole or names its own base, for "
+            "example vidore/colqwen2.5-base"
         )
     try:
         checkpoint.head_dim()

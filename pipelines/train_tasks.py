@@ -342,12 +342,17 @@ class ClamrTask:
         keys = [self._plan.examples.documents[place] for place in places]
         distinct = list(dict.fromkeys(keys))
         row_ids = [row_id for key in distinct for row_id in self._rows[key]]
-        columns = ["modality", "spans", "frames"]
+        columns = ["modality", "start_seconds", "spans", "frames", "audio"]
         rows = iter(self._plan.store.take(MODALITIES, self._plan.version, row_ids, columns).to_pylist())
         turns = {}
         for key in distinct:
             of_clip = [next(rows) for _ in self._rows[key]]
-            clip = {row["modality"]: Content(row["spans"] or (), row["frames"] or ()) for row in of_clip}
+            clip = {
+                row["modality"]: Content(
+                    row["spans"] or (), row["frames"] or (), row["audio"], row["start_seconds"] or 0.0
+                )
+                for row in of_clip
+            }
             of_document = self._turns.documents(clip)
             if not of_document:
                 raise ConfigError(f"the clip {key} holds nothing to be found by; leave it out of the examples")
