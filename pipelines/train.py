@@ -245,6 +245,7 @@ def _compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
         for measure in ("R@1", "nDCG@10"):
             first, last = by_group(before[direction][measure]), by_group(of_queries[measure])
             found[direction]["measures"][measure] = {
+                "by_group": {str(name): [float(a), float(b)] for name, a, b in zip(names, first, last, strict=True)},
                 "before": [float(first.mean()), *bootstrap(first)],
                 "after": [float(last.mean()), *bootstrap(last)],
                 "difference": asdict(compare(last, first)),
