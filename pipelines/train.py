@@ -26,7 +26,7 @@ from operators import weights
 from operators.clamr_checkpoint import HEAD_FILE, find_checkpoint
 from operators.errors import ConfigError, ModelError
 from operators.significance import bootstrap, compare
-from pipelines.config import Config, TowersConfig
+from pipelines.config import ClamrConfig, Config, TowersConfig
 from pipelines.job import open_store
 from pipelines.train_examples import Examples, System, read_examples
 from pipelines.train_features import Kind, Towers, make_features
@@ -57,6 +57,7 @@ def train(config: Config, system: System, out: Path, examples: Path | None = Non
     found = read_examples(system, examples, store, version)
     trained, held_out = found.split(config.train.held_out, config.train.max_held_out, config.train.seed)
     schedule = _schedule(config, system, trained, held_out)
+    _check_models(config, system)
     _keep_settings(out, _settings(config, system, found))
     if (out / "metrics.json").exists():
         log.info("train: %s is finished; its metrics are in metrics.json", out)
@@ -91,15 +92,43 @@ def _schedule(config: Config, system: System, trained: Sequence[int], held_out: 
 
 def _settings(config: Config, system: System, examples: Examples) -> dict[str, Any]:
     """Return all that what is learned depends on."""
-    models: TowersConfig | Any = getattr(config.encode, system)
-    names = ("model", "base", "head") if system == "clamr" else ("text_model", "vision_model", "head")
+    models: ClamrConfig | TowersConfig = getattr(config.encode, system)
+    if isinstance(models, ClamrConfig):
+        of_models = find_checkpoint(models.model, models.base, models.head).fingerprints()
+    else:
+        of_models = [weights.fingerprint(m) for m in (models.text_model, models.vision_model, models.head) if m]
     return {
         "system": system,
         "train": config.train.model_dump(exclude={"resources"}, mode="json"),
         "models": models.model_dump(mode="json"),
-        "weights": {name: weights.fingerprint(getattr(models, name)) for name in names if getattr(models, name)},
+        "weights": of_models,
         "examples": examples.fingerprint(),
     }
+
+
+def _check_models(config: Config, system: System) -> None:
+    """Refuse models that cannot be trained on, before a folder is theirs.
+
+    Raises
+    ------
+    ConfigError
+        If what is trained could not name what it was trained on, or the encoder would use it otherwise.
+    """
+    if system != "clamr":
+        if getattr(config.encode, system).model is not None:
+            raise ConfigError(
+                f"encode.{system}.model is a whole checkpoint; train takes encode.{system}.text_model and vision_model, "
+                f"and starts from encode.{system}.head where that is given"
+            )
+        return
+    clamr = config.encode.clamr
+    if clamr.context != "joint":
+        raise ConfigError(f"encode.clamr.context is {clamr.context}; train sees all modalities of a clip: joint")
+    if clamr.base:
+        raise ConfigError(
+            f"encode.clamr.base is {clamr.base}; train starts from a model that is whole or names its own base, for "
+            "example vidore/colqwen2.5-base"
+        )
 
 
 def _keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
@@ -136,11 +165,6 @@ def _plan(
         clamr = config.encode.clamr
         return ClamrPlan(examples, store, version, clamr, config.train, _first_head(config, out))
     towers: TowersConfig = getattr(config.encode, system)
-    if towers.model is not None:
-        raise ConfigError(
-            f"encode.{system}.model is a whole checkpoint; train takes encode.{system}.text_model and vision_model, and "
-            f"starts from encode.{system}.head where that is given"
-        )
     models = Towers.of(system, towers, config.train)
     items: dict[Kind, list[str]] = {"pictures": examples.pictures, "passages": examples.documents}
     if system == "mire":
@@ -151,22 +175,9 @@ def _plan(
 
 
 def _first_head(config: Config, out: Path) -> str | None:
-    """Return the head that training starts from: one drawn from the seed, where the checkpoint has none.
-
-    Raises
-    ------
-    ConfigError
-        If what is trained could not name what it was trained on, or modalities are to be encoded separately.
-    """
+    """Return the head that training starts from, None for the checkpoint's own; it is drawn where there is none."""
     clamr = config.encode.clamr
-    if clamr.context != "joint":
-        raise ConfigError(f"encode.clamr.context is {clamr.context}; train sees all modalities of a clip: joint")
     checkpoint = find_checkpoint(clamr.model, clamr.base, clamr.head)
-    if clamr.base:
-        raise ConfigError(
-            f"encode.clamr.base is {clamr.base}; train starts from a model that is whole or names its own base, for "
-            "example vidore/colqwen2.5-base"
-        )
     try:
         checkpoint.head_dim()
     except ModelError:

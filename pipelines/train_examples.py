@@ -211,7 +211,7 @@ def _clip(video_id: Any, clip: Any, clips: Mapping[str, Sequence[int]], where: s
 def _clips(
     store: Store, version: int | None, columns: Sequence[str], frames: bool = False
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of each clip, in order; pictures themselves are not read, only how many there are."""
+    """Yield the rows of each clip, in order; of pictures only how many there are, though Lance reads them to count."""
     counted = {name: name for name in columns} | ({"num_frames": "array_length(frames)"} if frames else {})
     rows: pa.Table = store.open(MODALITIES, version).scanner(columns=counted, with_row_id=True).to_table()
     clip: list[dict[str, Any]] = []

@@ -329,9 +329,11 @@ class ClamrTask:
             for name, tensor in self._clamr.custom_text_proj.state_dict().items()
         }
         save_file(head, folder / "head.safetensors")
-        config = {"system": "clamr", "base": self._plan.clamr.model}
+        model = Path(self._plan.clamr.model).expanduser()
+        config = {"system": "clamr", "base": str(model.resolve()) if model.exists() else self._plan.clamr.model}
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         if self._plan.train.lora_rank:
+            self.module.model.peft_config["default"].base_model_name_or_path = config["base"]  # type: ignore
             self.module.model.save_pretrained(str(folder))  # type: ignore[operator]
 
     def _queries(self, places: Sequence[int]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from cluster.store import MODALITIES, Store
 from operators import schema
+from operators.clamr_checkpoint import find_checkpoint
 from operators.encoder_clamr import ClamrEncoder
 from operators.encoder_flmr import FlmrEncoder
 from operators.encoders import Content, Query
@@ -19,7 +21,7 @@ from operators.errors import ConfigError
 from operators.heads import open_head
 from pipelines.config import load
 from pipelines.render_train import trained as render
-from pipelines.train import _compared, _keep_settings, _plan, _schedule, _settings, train
+from pipelines.train import _compared, _first_head, _keep_settings, _plan, _schedule, _settings, train
 from pipelines.train_examples import read_examples
 from pipelines.train_features import Features, MakeFeatures, Towers, missing
 from pipelines.train_loop import CHECKPOINT, Schedule, fit
@@ -185,6 +187,10 @@ def test_a_tower_that_is_not_there_and_a_batch_that_cannot_be_shared_are_refused
         train(config_for(tiny_flmr, "flmr", "train.batch=3", "train.resources.num_workers=2"), "flmr", tmp_path, pairs)
     with pytest.raises(ConfigError, match=r"fewer than train.batch"):
         train(config_for(tiny_flmr, "flmr", "train.batch=64"), "flmr", tmp_path, pairs)
+    whole = config_for(tiny_flmr, "mire", f"encode.mire.model={tiny_flmr.mire}")
+    with pytest.raises(ConfigError, match=r"encode.mire.model is a whole checkpoint"):
+        train(whole, "mire", tmp_path, pairs)
+    assert not list(tmp_path.iterdir())
     (tmp_path / "others").write_text("mine")
     with pytest.raises(ConfigError, match="no run of train"):
         train(config_for(tiny_flmr, "flmr"), "flmr", tmp_path, pairs)
@@ -355,6 +361,28 @@ def test_clamr_trains_its_head_or_adapters_and_the_encoder_loads_them(
         trained = task.module(batch, batch)[0][0][torch.from_numpy(turn.modality >= 0)]
     np.testing.assert_allclose(after, trained.numpy(), atol=1e-5)
     assert np.abs(after - before).max() > 1e-3
+
+
+def test_a_clamr_that_train_cannot_start_from_is_refused(tiny_clamr, clips, questions, tmp_path):
+    for setting, message in (("context=separate", "joint"), (f"base={tiny_clamr}", "whole or names its own base")):
+        settings = [f"encode.clamr.model={tiny_clamr}", f"encode.clamr.{setting}", "train.batch=3"]
+        with pytest.raises(ConfigError, match=message):
+            train(load([], settings, clips.uri), "clamr", tmp_path / "out", questions)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_without_a_head_gets_one_of_the_width_that_is_asked_for(tmp_path, tiny_clamr):
+    from safetensors.torch import load_file, save_file
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_clamr, bare)
+    tensors = load_file(bare / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("custom_text_proj")}
+    save_file(kept, bare / "model.safetensors", metadata={"format": "pt"})
+    config = load([], [f"encode.clamr.model={bare}", "train.new_head_dim=24"])
+    head = _first_head(config, tmp_path / "out")
+    assert find_checkpoint(str(bare), None, head).head_dim() == 24
+    assert _first_head(load([], [f"encode.clamr.model={tiny_clamr}"]), tmp_path / "out") is None
 
 
 def test_clamrs_examples_name_clips_that_are_there(clips, tmp_path):
