@@ -117,17 +117,17 @@ def versions(
         yield ImageEnhance.Contrast(crop).enhance(rng.uniform(0.7, 1.3))
 
 
-def write_known(folder: Path, seed: int = 0) -> Path:
+def write_known(folder: Path, crops: int = KNOWN_CROPS, held_out: int = KNOWN_HELD_OUT, seed: int = 0) -> Path:
     """Write crops and the examples of every crop with every wording of its side; return the examples' file."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, lines = np.random.default_rng(seed), []
     for scene, pictures in photographs(more=False).items():
-        for number, crop in enumerate(versions(pictures, KNOWN_CROPS + KNOWN_HELD_OUT, rng)):
+        for number, crop in enumerate(versions(pictures, crops + held_out, rng)):
             file = f"{scene}-{number}.jpg"
             crop.save(folder / file, quality=90)
-            held_out = number >= KNOWN_CROPS
-            wordings = WORDINGS[scene][TRAINED_WORDINGS:] if held_out else WORDINGS[scene][:TRAINED_WORDINGS]
-            lines += [{"image": file, "passage": text, "group": scene, "held_out": held_out} for text in wordings]
+            tested = number >= crops
+            wordings = WORDINGS[scene][TRAINED_WORDINGS:] if tested else WORDINGS[scene][:TRAINED_WORDINGS]
+            lines += [{"image": file, "passage": text, "group": scene, "held_out": tested} for text in wordings]
     return _written(folder / "known.jsonl", lines)
 
 

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from benchmarks import alignment as alignment_benchmark
 from cluster.store import MODALITIES, Store
 from operators import schema
 from operators.clamr_checkpoint import find_checkpoint
@@ -19,6 +21,7 @@ from operators.encoder_flmr import FlmrEncoder
 from operators.encoders import Content, Query
 from operators.errors import ConfigError
 from operators.heads import open_head
+from pipelines.cli import app
 from pipelines.config import load
 from pipelines.render_train import trained as render
 from pipelines.train import _compared, _first_head, _keep_settings, _plan, _schedule, _settings, train
@@ -259,6 +262,30 @@ def test_the_summary_says_what_was_learned_and_what_to_type(trained, capsys):
     render(trained[1])
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("text to frame", "image to text", "chance", "R@1", "maxreel encode --store"))
+
+
+def test_flmrs_mapping_trained_on_photographs_lets_texts_find_frames(tmp_path):
+    """Crops and wordings that were not trained on, of photographs that were: `benchmarks/alignment.py` in small."""
+    settings = ["train.num_tokens=2", "train.epochs=6", "train.batch=26", "train.learning_rate=0.002"]
+    config = load([], settings)
+    examples = read_examples("flmr", alignment_benchmark.write_known(tmp_path, crops=4, held_out=2), None, None)
+    features = features_of(config, "flmr", examples, tmp_path / "features")
+    plan = AlignmentPlan("flmr", examples, features, config.encode.flmr, config.train)
+    schedule = _schedule(config, "flmr", *examples.split(0.5, 1000, 0))
+    torch.manual_seed(0)
+    before = plan.make(CPU).measure(schedule.held_out)
+    task, _ = run(plan, schedule)
+    found = _compared(before, task.measure(schedule.held_out))["text to frame"]
+    assert found["chance"] == pytest.approx(1 / 13)
+    assert found["measures"]["R@1"]["before"][0] < 0.3
+    assert found["measures"]["R@1"]["after"][0] > 0.6
+    assert found["measures"]["R@1"]["difference"]["low"] > 0.3
+
+
+def test_the_command_says_what_it_needs(tmp_path):
+    result = CliRunner().invoke(app, ["train", "flmr", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "takes --examples FILE.jsonl, or a --store" in result.stderr
 
 
 def row(video_id, modality, texts=(), frames=(), clip=0):
