@@ -21,7 +21,7 @@ from operators import losses, schema
 from operators.alignment import VisualTokens, alignment_loss, gathered, hits_and_gains
 from operators.encoders import Content, Query
 from operators.errors import ConfigError
-from operators.heads import TRAINED_BETWEEN, build_head, open_head, save_head, trained_between
+from operators.heads import TRAINED_BETWEEN, build_head, check_towers, open_head, save_head, trained_between
 from pipelines.config import ClamrConfig, TowersConfig, TrainConfig
 from pipelines.train_examples import Examples
 from pipelines.train_features import Features, Kind
@@ -75,6 +75,7 @@ class AlignmentTask:
         self._guided = plan.system == "mire"
         if plan.towers.head is not None:
             self._config, head = open_head(plan.towers.head, plan.system)
+            check_towers(self._config, plan.towers.head, plan.towers.text_model, plan.towers.vision_model)
         else:
             self._config = self._new_head()
             head = build_head(self._config)
@@ -204,7 +205,10 @@ class Pairs(nn.Module):
 
 
 class ClamrTask:
-    """CLaMR's head, and LoRA adapters of its backbone's language model (arXiv:2506.06144, sec. 4; its released settings)."""
+    """CLaMR's head, trained whole, and LoRA adapters of its backbone's language model.
+
+    CLaMR's released settings adapt the head by LoRA too, and save none of its own weights.
+    """
 
     ADAPTED = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 
@@ -231,6 +235,8 @@ class ClamrTask:
                 r=rank, lora_alpha=rank, lora_dropout=0.1, init_lora_weights="gaussian", target_modules=self.ADAPTED
             )
             model = get_peft_model(model, config)
+            # A third more time; without it 2,000 tokens of a clip keep the activations of every layer.
+            self._clamr.model.activation_checkpointing_enable({"use_reentrant": False})
             model.train()
         self._clamr.custom_text_proj.float().requires_grad_(True)  # bfloat16 would round small steps away
         return model

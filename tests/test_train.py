@@ -19,7 +19,7 @@ from operators.clamr_checkpoint import find_checkpoint
 from operators.encoder_clamr import ClamrEncoder
 from operators.encoder_flmr import FlmrEncoder
 from operators.encoders import Content, Query
-from operators.errors import ConfigError
+from operators.errors import ConfigError, ModelError
 from operators.heads import open_head
 from pipelines.cli import app
 from pipelines.config import load
@@ -165,6 +165,18 @@ def test_features_are_what_the_towers_give(alignment):
         wanted = torch.nn.functional.normalize(states.embeddings, dim=-1)[states.row.kept]
         np.testing.assert_allclose(tokens[row][mask[row]], wanted, atol=2e-3)
     assert (tokens[0][~mask[0]] == 0).all()
+
+
+def test_training_goes_on_from_a_head_but_not_between_other_towers(alignment, tmp_path, tiny_flmr):
+    plan, schedule = alignment
+    task, _ = run(plan, schedule)
+    task.save(tmp_path / "head")
+    again = replace(plan, towers=plan.towers.model_copy(update={"head": str(tmp_path / "head")}))
+    for name, weight in again.make(CPU).module.state_dict().items():
+        assert torch.equal(weight, task.module.state_dict()[name])
+    other = plan.towers.model_copy(update={"head": str(tmp_path / "head"), "vision_model": tiny_flmr.flmr})
+    with pytest.raises(ModelError, match="another vision_model"):
+        replace(plan, towers=other).make(CPU)
 
 
 def test_a_step_lowers_the_loss_and_only_the_head_learns(alignment):
