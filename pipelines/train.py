@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from operators.errors import ConfigError, ModelError
 from operators.significance import bootstrap, compare
 from pipelines.config import ClamrConfig, Config, TowersConfig
 from pipelines.job import open_store
+from pipelines.progress import Progress
 from pipelines.train_examples import Examples, System, read_examples
 from pipelines.train_features import Kind, Towers, make_features
 from pipelines.train_loop import Schedule, train_on_worker
@@ -221,8 +224,30 @@ def _fit(config: Config, plan: AlignmentPlan | ClamrPlan, schedule: Schedule, ou
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    result: dict[str, Any] = trainer.fit().return_value
+    with Progress("train", schedule.num_steps) as progress, _followed(out / "checkpoints", progress):
+        result: dict[str, Any] = trainer.fit().return_value
     return result
+
+
+@contextmanager
+def _followed(checkpoints: Path, progress: Progress) -> Iterator[None]:
+    """Count the steps that checkpoints in a folder say are done, for as long as the block runs."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        done = 0
+        while not ended.wait(1.0):
+            steps = [int(folder.name.removeprefix("step-")) for folder in checkpoints.glob("step-*")]
+            progress.advance(max([*steps, done]) - done)
+            done = max([*steps, done])
+
+    thread = threading.Thread(target=follow, name="followed", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _metrics(

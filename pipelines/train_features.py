@@ -29,6 +29,7 @@ from operators.encoders import open_picture
 from operators.fingerprint import fingerprint
 from operators.text_based_vision import PASSAGE
 from pipelines.config import TowersConfig, TrainConfig
+from pipelines.progress import Progress
 
 Kind = Literal["pictures", "guides", "passages"]
 Halves = npt.NDArray[np.float16]
@@ -257,8 +258,9 @@ def make_features(
         max_restarts=2,
         max_task_retries=1,
     )
-    for _ in made.iter_rows():
-        pass
+    with Progress("features", len(work)) as progress:
+        for _ in made.iter_rows():
+            progress.advance(1)
     return features
 
 
