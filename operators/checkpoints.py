@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,40 @@ def load_whole(
     misshapen = sorted(str(key[0]) for key in report["mismatched_keys"])
     require_whole(model, architecture.__name__, lacking, surplus, misshapen)
     return loaded.eval()
+
+
+@contextmanager
+def whole_checkpoints(model: str, missing: Sequence[str] = ()) -> Iterator[None]:
+    """Refuse, for as long as the block runs, what transformers loads with weights missing: for libraries that call it.
+
+    Parameters
+    ----------
+    model
+        What is being loaded, for the message.
+    missing
+        Regular expressions of names that a checkpoint may lack.
+
+    Raises
+    ------
+    ModelError
+        If weights are missing, or have another shape.
+    """
+    from transformers import PreTrainedModel
+
+    theirs = PreTrainedModel.__dict__["from_pretrained"]
+
+    def from_pretrained(architecture: Any, *arguments: Any, **options: Any) -> Any:
+        wants_report = options.pop("output_loading_info", False)
+        loaded, report = theirs.__func__(architecture, *arguments, output_loading_info=True, **options)
+        misshapen = sorted(str(key[0]) for key in report["mismatched_keys"])
+        require_whole(model, architecture.__name__, _others(report["missing_keys"], missing), (), misshapen)
+        return (loaded, report) if wants_report else loaded
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = theirs
 
 
 def require_whole(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from operators import weights
+from operators.checkpoints import whole_checkpoints
 from operators.encoders import (
     Content,
     Floats,
@@ -43,10 +44,11 @@ class MultiVectorModel:
     Raises
     ------
     ModelError
-        If the model is a bare backbone, for which the library would add a random projection.
+        If the model is a bare backbone, for which the library would add a random projection, or its checkpoint lacks
+        weights.
     """
 
-    VERSION = "1"
+    VERSION = "2"
 
     def __init__(self, model: str, batch_tokens: int = 8192, device: str = "cpu", num_threads: int = 1) -> None:
         import torch
@@ -55,7 +57,8 @@ class MultiVectorModel:
         torch.set_num_threads(num_threads)
         path = weights.resolve(model)
         _require_projection(model, Path(path))
-        self._model = MultiVectorEncoder(path, device=device)
+        with whole_checkpoints(model, missing=[r"(.*\.)?pooler\..*"]):
+            self._model = MultiVectorEncoder(path, device=device)
         self._batch_tokens = batch_tokens
         self._takes_images = self._model.supports("image")
         self.dim = int(self._model.get_embedding_dimension())
@@ -124,13 +127,14 @@ class MultiVectorModel:
         return results
 
     def _offsets(self, text: str, ids: list[int]) -> np.ndarray:
-        """Return where in the text each input token starts; prompt and special tokens take their neighbour's."""
+        """Return where in the text each input token is; prompt and special tokens take their neighbour's place."""
         own = self._model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         offsets = np.zeros(len(ids), dtype=np.int64)
         known = np.zeros(len(ids), dtype=bool)
         for block in SequenceMatcher(None, ids, own["input_ids"], autojunk=False).get_matching_blocks():
-            starts = [start for start, _ in own["offset_mapping"][block.b : block.b + block.size]]
-            offsets[block.a : block.a + block.size] = starts
+            # By the last character: a byte-level token begins with the space before its word, which is another span's.
+            last = [max(start, stop - 1) for start, stop in own["offset_mapping"][block.b : block.b + block.size]]
+            offsets[block.a : block.a + block.size] = last
             known[block.a : block.a + block.size] = True
         last_known = np.maximum.accumulate(np.where(known, np.arange(len(ids)), 0))
         return offsets[last_known]

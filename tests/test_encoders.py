@@ -1,7 +1,9 @@
 import importlib.util
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,6 +148,18 @@ def test_multivector_spans_are_those_of_the_words(multivector):
     assert clip["speech"].span_index.tolist() == [0, 0, 0, 1, 2, 2, 2]
 
 
+def test_a_byte_level_token_is_of_its_words_span_though_it_begins_with_the_space_before_it():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.WordLevel({"red": 0, "Ġcat": 1, "Ġmoon": 2, "?": 3}, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder = object.__new__(MultiVectorModel)
+    encoder._model = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=plain))
+    text, starts = join_spans(spans("red", "cat", "moon"))
+    assert span_of(encoder._offsets(text, [0, 1, 2]), starts).tolist() == [0, 1, 2]
+
+
 def test_multivector_equals_the_librarys_own_embeddings(multivector, tiny_model):
     from sentence_transformers import MultiVectorEncoder
 
@@ -177,6 +191,22 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path, tiny_model):
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="1 weights are missing"):
         OfflineEncoder(**(OFFLINE | {"text_model": str(tmp_path)}))
+
+
+def test_a_late_interaction_model_that_lacks_weights_is_refused(tmp_path, tiny_model):
+    from safetensors.torch import load_file, save_file
+    from transformers import PreTrainedModel
+
+    loader = PreTrainedModel.__dict__["from_pretrained"]
+    shutil.copytree(tiny_model / "late", tmp_path / "late")
+    [file] = [
+        file for file in (tmp_path / "late").rglob("model.safetensors") if "embeddings" in str(load_file(file).keys())
+    ]
+    whole = load_file(file)
+    save_file({name: whole[name] for name in whole if "key.weight" not in name}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="1 weights are missing"):
+        MultiVectorModel(str(tmp_path / "late"))
+    assert PreTrainedModel.__dict__["from_pretrained"] is loader
 
 
 def test_lexical_embeddings_match_the_same_word_and_no_other():
