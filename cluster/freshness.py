@@ -63,6 +63,16 @@ def compare(expected: pa.Table, existing: pa.Table, keys: Sequence[str]) -> Diff
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a job has to do: its items, and how many videos it leaves out, for good or until later."""
+
+    rows: pa.Table
+    difference: Difference
+    num_quarantined: int
+    num_waiting: int
+
+
+@dataclass(frozen=True)
 class Quarantine:
     """The failures known so far: what not to try again until its source or settings change."""
 

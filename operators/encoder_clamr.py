@@ -30,7 +30,16 @@ from operators.chat_turn import (
     text_piece,
 )
 from operators.clamr_checkpoint import Family, find_checkpoint, open_processor
-from operators.encoders import Content, Floats, Query, TokenEmbeddings, check_query, open_picture, token_batches
+from operators.encoders import (
+    Content,
+    Floats,
+    Query,
+    TokenEmbeddings,
+    check_query,
+    open_picture,
+    to_device,
+    token_batches,
+)
 from operators.fingerprint import fingerprint
 from operators.schema import FRAME, MODALITIES, SAMPLE_RATE_HZ, SPEECH
 from operators.sound import decode_sound
@@ -119,7 +128,7 @@ class ChatTurns:
         pieces = query_pieces(self._tokenizer, query.text or "", self._query_length, self._augmentation_tokens)
         if not query.image:
             return join_pieces(pieces)
-        pixels = self._moved(_to_pixels(open_picture(query.image)))
+        pixels = to_device(_to_pixels(open_picture(query.image)), self._device)
         inputs = self._processor.image_processor(images=[pixels], size=self._size, return_tensors="pt")
         _, rows, columns = self._merged(inputs["image_grid_thw"])
         patches = Piece([self._processor.image_token_id] * (rows * columns), FRAME)
@@ -197,7 +206,7 @@ class ChatTurns:
         pictures = [open_picture(frames[index]["jpeg"]) for index in chosen]
         pixels = torch.stack([_to_pixels(picture, pictures[0].size) for picture in pictures])
         inputs = self._processor.video_processor(
-            videos=[self._moved(pixels)],
+            videos=[to_device(pixels, self._device)],
             size=self._size,
             do_sample_frames=False,
             cap_pixels_per_frame=False,  # said, because its default changes with the release
@@ -230,9 +239,6 @@ class ChatTurns:
         features = extract(padded, sampling_rate=SAMPLE_RATE_HZ, padding=False, truncation=False, return_tensors="pt")
         heard = features["input_features"][:, :, :num_frames]
         return {"input_features": heard, "feature_attention_mask": torch.ones((1, num_frames), dtype=torch.long)}
-
-    def _moved(self, tensor: Any) -> Any:
-        return to_device({"": tensor}, self._device)[""]
 
 
 class ClamrEncoder:
@@ -335,7 +341,8 @@ class ClamrEncoder:
             batch = self._model.collate([turns[row] for row in rows])
             kept = batch["modality"] != NONE
             with torch.inference_mode():
-                embeddings = self._model(to_device(batch, self._device))[kept.to(self._device)].cpu().numpy()
+                moved = {name: to_device(tensor, self._device) for name, tensor in batch.items()}
+                embeddings = self._model(moved)[to_device(kept, self._device)].cpu().numpy()
             found |= zip(rows, np.split(embeddings, kept.sum(1).cumsum(0)[:-1].tolist()), strict=True)
         return [found[row] for row in range(len(turns))]
 
@@ -350,15 +357,6 @@ def _groups(made: Iterable[tuple[Any, Turn]], tokens: int) -> Iterator[list[tupl
             group = []
     if group:
         yield group
-
-
-def to_device(batch: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Return tensors on a device; those of a GPU are copied there from pinned memory, without waiting."""
-    pin = device.startswith("cuda")
-    return {
-        name: (tensor.pin_memory() if pin and not tensor.is_cuda else tensor).to(device, non_blocking=pin)
-        for name, tensor in batch.items()
-    }
 
 
 def _by_modality(turn: Turn, embeddings: Floats) -> Iterator[tuple[str, TokenEmbeddings]]:

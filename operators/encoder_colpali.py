@@ -38,6 +38,7 @@ from operators.encoders import (
     join_spans,
     open_picture,
     span_of,
+    to_device,
     token_batches,
 )
 from operators.errors import ConfigError, ModelError
@@ -297,10 +298,7 @@ class ColpaliEncoder:
         return positions
 
     def _moved(self, tensor: Any) -> Any:
-        device = self._model.device
-        if tensor.device == device:
-            return tensor
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+        return to_device(tensor, str(self._model.device))
 
     def _encode_frames(self, contents: Sequence[Sequence[Mapping[str, Any]]]) -> list[TokenEmbeddings]:
         encoded = [[frame["jpeg"] for frame in frames] for frames in contents]

@@ -181,3 +181,9 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[in
         batch.append(index)
     if batch:
         yield batch
+
+
+def to_device(tensor: Any, device: str) -> Any:
+    """Return a tensor on a device; to a GPU it goes from pinned memory, and nothing waits for it."""
+    pinned = device.startswith("cuda") and not tensor.is_cuda
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)

@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from operators import weights
 from operators.checkpoints import read_config
-from operators.encoders import token_batches
+from operators.encoders import to_device, token_batches
 from operators.errors import ConfigError, ModelError
-from operators.towers import load_tower, read_weights, to_device
+from operators.towers import load_tower, read_weights
 from operators.vision_tower import without_positions
 
 QUERY_MARKER, DOCUMENT_MARKER = "[unused0]", "[unused1]"

@@ -108,13 +108,6 @@ def renamed(tensors: Mapping[str, Any], prefix: str, to: str = "") -> dict[str, 
     return {to + name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def to_device(tensor: Any, device: str) -> Any:
-    """Return a tensor on a device; to a GPU it goes pinned, and nothing waits for it."""
-    if not device.startswith("cuda"):
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def pad_rows(rows: Sequence[Any]) -> tuple[Any, Any]:
     """Return (T_i, H) tensors as one (B, T, H), zeros after their ends, and the (B, T) mask of what is real."""
     import torch

@@ -21,9 +21,10 @@ import numpy as np
 
 from operators import weights
 from operators.checkpoints import read_config, require_whole
+from operators.encoders import to_device
 from operators.errors import ModelError
 from operators.frame_tags import SIDE, load_efficientnet
-from operators.towers import load_tower, read_weights, to_device
+from operators.towers import load_tower, read_weights
 
 OF_VISION = re.compile(r"(?:vision_model\.)*((?:embeddings|pre_layrnorm|encoder|post_layernorm|head)\..*)")
 BESIDE_VISION = re.compile(r"text_model\..*|logit_scale|logit_bias|(?:visual|text)_projection\.weight|.*position_ids")

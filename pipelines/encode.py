@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from cluster.commits import batch_rows, compact, write_receipt
-from cluster.freshness import Difference, Quarantine, compare
+from cluster.freshness import Quarantine, Work, compare
 from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, even_sizes, plan_actors
 from cluster.store import MODALITIES, Store, token_table
 from operators import pooling, schema
@@ -58,16 +57,6 @@ _WORK = pa.schema(
         ("fingerprints", pa.list_(pa.string())),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Work:
-    """What encode has to do: a row a clip, with Lance row ids and fingerprints of its stale modalities."""
-
-    rows: pa.Table
-    difference: Difference
-    num_quarantined: int
-    num_waiting: int
 
 
 def encode(job: Job, dry_run: bool = False) -> None:
@@ -112,7 +101,7 @@ def encoder_fingerprint(config: EncodeConfig) -> str:
 
 
 def plan(store: Store, config: EncodeConfig, quarantine: Quarantine) -> Work:
-    """Return the clips to encode."""
+    """Return the clips to encode: a row each, with Lance row ids and fingerprints of its stale modalities."""
     of_encoder = encoder_fingerprint(config)
     joint = ENCODERS[config.encoder].joint_of(**config.parameters())
     rows = store.rows(MODALITIES, [*KEYS, "fingerprint"])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from cluster.commits import batch_rows, compact, write_receipt
-from cluster.freshness import Difference, Quarantine, compare
+from cluster.freshness import Quarantine, Work, compare
 from cluster.session import TASK_CPUS, Pool, blocks, check_schedule, even_sizes, plan_actors
 from cluster.store import MODALITIES, VIDEOS, Store
 from operators import modalities, schema, sound, weights
@@ -44,16 +43,6 @@ MAX_BLOCKS = 4096
 
 BLOCK_ROWS = 256
 """Videos without a file in a block: a task costs Ray more than reading the metadata of one."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What extract has to do."""
-
-    rows: pa.Table
-    difference: Difference
-    num_quarantined: int
-    num_waiting: int
 
 
 class Fingerprints:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cluster.store import MODALITIES, Store
 from operators import losses, schema
 from operators.alignment import VisualTokens, alignment_loss, gathered, hits_and_gains
-from operators.encoders import Content, Query
+from operators.encoders import Content, Query, to_device
 from operators.errors import ConfigError
 from operators.heads import TRAINED_BETWEEN, build_head, check_towers, open_head, save_head, trained_between
 from pipelines.config import ClamrConfig, TowersConfig, TrainConfig
@@ -368,9 +368,7 @@ class ClamrTask:
         return self._moved(self._clamr.collate([turns[key] for key in keys]))
 
     def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from operators.encoder_clamr import to_device
-
-        return to_device(batch, str(self._device))
+        return {name: to_device(tensor, str(self._device)) for name, tensor in batch.items()}
 
 
 def _measured(scores: Any, relevant: Any, groups: Sequence[str]) -> dict[str, list[Any]]:
