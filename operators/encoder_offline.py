@@ -28,6 +28,7 @@ from operators.encoders import (
 )
 from operators.fingerprint import fingerprint
 from operators.frame_tags import FrameTags
+from operators.text_based_vision import without_markers
 
 
 class OfflineEncoder:
@@ -119,7 +120,9 @@ class OfflineEncoder:
     def _words(self, query: Query) -> str:
         check_query(query, "offline", image=True, both=True)
         seen = self._tags.tag([query.image], at_least=1)[0] if query.image else []
-        return " ".join(filter(None, [query.text, query.vision_text, ", ".join(name for name, _ in seen)]))
+        return " ".join(
+            filter(None, [query.text, without_markers(query.vision_text), ", ".join(name for name, _ in seen)])
+        )
 
     def _tag_spans(self, frames: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         """Return one span of tag names a frame, so that a span index is a frame index."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from operators import schema
 from operators.errors import ConfigError
+from operators.text_based_vision import SeenObject, choose_regions, render_vision
 from pipelines.records import Form, Record, read_records
 from pipelines.uris import shown
 
@@ -25,8 +26,10 @@ Qrels = dict[str, dict[str, int]]
 ID = ("id", "_id", "query_id", "query-id", "qid")
 TEXT = ("text", "query")
 TARGET = ("target_modality", "query_type")
-IMAGE = ("image", "boxes", "vision_text")
-QUERIES = Form(frozenset({*ID, *TEXT, *TARGET, *IMAGE, "answers"}), bare=("id", "text"), open_text=TEXT)
+SEEN = ("objects", "texts", "caption")
+QUERIES = Form(
+    frozenset({*ID, *TEXT, *TARGET, "image", "boxes", *SEEN, "answers"}), bare=("id", "text"), open_text=TEXT
+)
 
 QUERY = ("query-id", "query_id", "qid")
 DOCUMENT = ("corpus-id", "corpus_id", "video_id", "doc_id", "docid", "pid")
@@ -52,7 +55,7 @@ class JudgedQuery:
     """A query, with the modality it is meant to find and the answers that a relevant text holds, if it says so.
 
     ``text`` may be empty where there is an ``image``: the path or URI of the image that is a part of the query.
-    ``boxes`` and ``vision_text`` are those of `operators.encoders.Query`.
+    ``boxes`` and ``vision_text`` are those of `operators.encoders.Query`: where to look, and what others saw.
     """
 
     query_id: str
@@ -81,8 +84,9 @@ def read_queries(*paths: Path) -> list[JudgedQuery]:
     """Return the queries of a file, or of the parts of one.
 
     JSON lines, JSON, CSV, TSV with or without header, or Parquet with an id, a text and optionally ``target_modality``,
-    ``answers``, ``image`` (a path is relative to the file), ``boxes`` and ``vision_text``; or TREC topics. The names of
-    other projects for those columns and for the modalities are known, and the query kind in the ids of MultiVENT 2.0.
+    ``answers``, ``image`` (a path is relative to the file) and what was seen in it: ``boxes``, ``objects`` (each with a
+    ``name``, and optionally ``attributes`` with their scores and a ``box``), ``texts`` and a ``caption``; or TREC topics.
+    The names of other projects for columns and modalities are known, and the query kind in the ids of MultiVENT 2.0.
 
     Raises
     ------
@@ -114,19 +118,40 @@ def _query(record: Record, folder: Path) -> JudgedQuery:
         target_modality=MODALITY_OF.get(target, target) if target else None,
         image=str((folder / image).resolve()) if image and "://" not in image else image,
         answers=tuple(record.texts("answers")) if record.find("answers") else (),
-        boxes=_boxes(record),
-        vision_text=record.optional("vision_text") or "",
+        **_seen(record),
     )
 
 
-def _boxes(record: Record) -> tuple[Box, ...]:
+def _seen(record: Record) -> dict[str, Any]:
+    """Return where to look in a query's image, and what others saw in it, in words, as FLMR has both."""
+    objects = [_object(record, entry) for entry in record.find("objects") or ()]
+    texts = record.texts("texts") if record.find("texts") else []
+    caption = record.optional("caption") or ""
+    boxes = [_box(record, box) for box in record.find("boxes") or ()]
+    return {
+        "boxes": tuple(boxes or choose_regions(objects, record.optional(*TEXT) or "")),
+        "vision_text": render_vision(objects, texts, caption) if objects or texts or caption else "",
+    }
+
+
+def _object(record: Record, entry: Any) -> SeenObject:
     try:
-        boxes = tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in record.find("boxes") or ())
+        attributes = tuple((str(name), float(score)) for name, score in dict(entry.get("attributes") or {}).items())
+        box = None if entry.get("box") is None else _box(record, entry["box"])
+        return SeenObject(str(entry["name"]), attributes, box)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        wanted = 'it must be {"name": "cat", "attributes": {"red": 0.9}, "box": [...]}, the last two optional'
+        raise record.error(f"the object is {entry!r}; {wanted}") from error
+
+
+def _box(record: Record, box: Any) -> Box:
+    try:
+        left, top, right, bottom = map(float, box)
     except (TypeError, ValueError) as error:
-        raise record.error(f"the boxes are {record.find('boxes')!r}; {BOXES}") from error
-    if wrong := [box for box in boxes if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1)]:
-        raise record.error(f"the box {wrong[0]} is none; {BOXES}")
-    return boxes
+        raise record.error(f"the box {box!r} is none; {BOXES}") from error
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise record.error(f"the box {box!r} is none; {BOXES}")
+    return left, top, right, bottom
 
 
 def read_qrels(*paths: Path) -> Qrels:

@@ -36,13 +36,22 @@ def test_a_query_is_text_an_image_or_both(tmp_path):
         tmp_path / "queries.jsonl",
         {"id": "t", "text": "a cat"},
         {"id": "i", "image": "a.jpg"},
-        {"id": "b", "text": "what is it", "image": "a.jpg", "boxes": [[0, 0.5, 1, 1]], "vision_text": "a red cat"},
+        {"id": "b", "text": "what is it", "image": "a.jpg", "boxes": [[0, 0.5, 1, 1]], "caption": "a red cat"},
     )
     text, image, both = (to_query(query, NOWHERE) for query in read_queries(file))
     assert (text.text, text.image) == ("a cat", None)
     assert (image.text, image.image) == (None, jpeg())
     assert (both.text, both.image, both.boxes) == ("what is it", jpeg(), ((0.0, 0.5, 1.0, 1.0),))
-    assert both.vision_text == "a red cat"
+    assert both.vision_text == "<BOV> <EOV> <BOC> a red cat <EOC>"
+
+
+def test_objects_that_were_seen_are_words_of_the_query_and_say_where_to_look(tmp_path):
+    dog = {"name": "dog", "attributes": {"brown": 0.9, "wet": 0.01}, "box": [0, 0, 0.5, 0.5]}
+    cat = {"name": "cat", "box": [0.5, 0.5, 0.75, 0.75]}
+    row = {"id": "q", "text": "whose cat", "image": "a.jpg", "objects": [dog, cat, {"name": "moon"}], "texts": ["exit"]}
+    [query] = read_queries(lines(tmp_path / "queries.jsonl", row))
+    assert query.vision_text == "<BOV> brown dog <SOV> cat <SOV> moon <SOV> exit <EOV>"
+    assert query.boxes[:2] == ((0.5, 0.5, 0.75, 0.75), (0, 0, 0.5, 0.5)), "what the question names comes first"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +60,8 @@ def test_a_query_is_text_an_image_or_both(tmp_path):
         ({}, "line 1: it has no text or query"),
         ({"image": "a.jpg", "boxes": [[0, 0, 640, 480]]}, "line 1: the box .*640.* shares"),
         ({"image": "a.jpg", "boxes": [[0.5, 0, 0.2, 1]]}, "line 1: the box"),
-        ({"image": "a.jpg", "boxes": "everywhere"}, "line 1: the boxes are 'everywhere'"),
+        ({"image": "a.jpg", "boxes": "everywhere"}, "line 1: the box 'e' is none"),
+        ({"image": "a.jpg", "objects": ["cat"]}, "line 1: the object is 'cat'; it must be"),
     ],
 )
 def test_a_query_that_asks_nothing_or_looks_nowhere_is_named(tmp_path, row, message):
