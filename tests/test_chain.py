@@ -77,11 +77,9 @@ def pictures(tmp_path_factory, cluster):
 
 
 def _clamr(request):
-    return ["encode.encoder=clamr", f"encode.clamr.model={request('tiny_clamr')}", "encode.clamr.precision=float32"]
-
-
-def _clamr_omni(request):
-    return ["encode.encoder=clamr", f"encode.clamr.model={request('tiny_clamr_omni')}", "encode.clamr.context=separate"]
+    """Omni, which hears the sound that the store keeps."""
+    model = request("tiny_clamr_omni")
+    return ["encode.encoder=clamr", f"encode.clamr.model={model}", "encode.clamr.precision=float32"]
 
 
 def _colpali(request):
@@ -106,7 +104,7 @@ def _mire(request):
     return ["encode.encoder=mire", f"encode.mire.model={tiny.mire}", f"encode.mire.vision_model={tiny.clip}", *lengths]
 
 
-@pytest.mark.parametrize("settings", [_clamr, _clamr_omni, _colpali, _flmr, _preflmr, _mire])
+@pytest.mark.parametrize("settings", [_clamr, _colpali, _flmr, _preflmr, _mire])
 def test_an_encoder_goes_through_the_whole_chain(pictures, request, tmp_path, settings):
     config = pictures.config(*settings(request.getfixturevalue))
     with open_job(config, "index") as job:

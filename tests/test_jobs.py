@@ -72,16 +72,15 @@ def test_a_clip_that_the_encoder_fails_on_costs_itself_until_it_changes(fresh, m
                 raise RuntimeError("what is a moon?")
             return super().encode_documents(clips)
 
-    settings = ["max_failure_rate=0.9", "retries.max_attempts=2"]
+    settings = ["max_failure_rate=0.9", "retries.max_attempts=1"]
     monkeypatch.setitem(ENCODERS, "lexical", Fussy)
     fresh.index(*settings)
     failed = {row["video_id"]: row for row in fresh.table(FAILURES) if row["stage"] == "encode"}
     assert set(failed) == {"v2", "v3"}
     assert (failed["v2"]["error"], failed["v2"]["message"]) == ("RuntimeError", "clip 0: what is a moon?")
     assert {row["video_id"] for row in fresh.table(fresh.tokens)} == {"v0", "v1", "v4", "broken"}
-    assert fresh.index(*settings).summary.counts["encode"] == 2, "it may have been bad luck"
     counts = fresh.index(*settings).summary.counts
-    assert (counts["encode"], counts["quarantined"]) == (0, 3), "twice was enough"
+    assert (counts["encode"], counts["quarantined"]) == (0, 3), "once was enough"
 
     fresh.rows[2]["title"] = "green cat"
     assert fresh.index(*settings).summary.counts["encode"] == 1

@@ -236,7 +236,8 @@ def test_a_group_counts_once_however_many_queries_it_has():
 def trained(pairs, tiny_flmr, tmp_path_factory, cluster):
     """A whole run of two workers: its folder, and what it returned."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    return out, train(config_for(tiny_flmr, "flmr", "train.resources.num_workers=2"), "flmr", out, pairs)
+    resources = ["train.resources.num_workers=2", "train.resources.feature_actors=1"]
+    return out, train(config_for(tiny_flmr, "flmr", *resources), "flmr", out, pairs)
 
 
 def test_two_workers_learn_what_one_does(trained, pairs, tiny_flmr, cluster):
