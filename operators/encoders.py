@@ -151,7 +151,7 @@ def open_picture(encoded: bytes) -> Any:
         return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ConfigError(
-            f"{len(encoded)} bytes are not an image that can be read ({error}); give a JPEG, PNG or WebP"
+            f"{len(encoded)} bytes are not an image that can be read; give a JPEG, PNG or WebP"
         ) from error
 
 
