@@ -18,6 +18,7 @@ from cluster.objects import describe, is_refusal, open_objects
 from operators import torchvision_shim, weights
 from operators.errors import ConfigError, MaxreelError
 from pipelines.config import Config
+from pipelines.encode import encoder_fingerprint
 from pipelines.job import open_store
 
 TESTED = {"ray": "2.60", "pylance": "14", "torch": "2.13", "transformers": "5.23"}
@@ -86,9 +87,16 @@ def _models(config: Config) -> list[Check]:
     if config.extract.screen_text.engine == "easyocr":
         models["screen text"] = config.extract.screen_text.model
     for name, value in config.encode.parameters().items():
-        if name == "model" or name.endswith("_model"):
+        if value and (name in ("model", "base", "head") or name.endswith("_model")):
             models[f"encoder {name}"] = value
-    return [_model(use, model) for use, model in models.items()]
+    return [*(_model(use, model) for use, model in models.items()), _encoder(config)]
+
+
+def _encoder(config: Config) -> Check:
+    def find() -> str:
+        return f"{config.encode.encoder}, fingerprint {encoder_fingerprint(config.encode)[:12]}"
+
+    return _attempt("encoder", find, "name what it lacks in the config")
 
 
 def _model(use: str, model: str) -> Check:

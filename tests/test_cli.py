@@ -91,6 +91,13 @@ def test_a_worker_that_cannot_write_says_why_and_what_to_do(cluster, text, said)
     assert message.endswith(f"(OSError: {text})")
 
 
+def test_the_doctor_says_what_an_encoder_lacks(tmp_path):
+    result = run("doctor", "--store", tmp_path, "--set", "encode.encoder=flmr", "--json")
+    [bad] = [check for check in json.loads(result.stdout)["checks"] if check["level"] == "FAIL"]
+    assert bad["name"] == "encoder"
+    assert "encode.flmr.head" in bad["detail"]
+
+
 def test_a_defect_in_a_worker_is_shown_by_its_own_line():
     text = (
         "ray::f() (pid=1)\n  File x\n    raise KeyError('a')\nKeyError: 'a'\nUDF failed.\nTo change retries, configure."
