@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/.installed
 
+# --no-compile: half of pip's time went into compiling thousands of modules that nothing here imports.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
 		|| { echo "maxreel needs Python 3.11 or 3.12; run: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,rapidocr,sample,gpu,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[offline,rapidocr,sample,gpu,dev]'
 	touch $@
 
 demo: install
@@ -33,7 +34,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info

@@ -14,13 +14,6 @@ from tests.s3_keys import ACCESS_KEY, SECRET_KEY
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_collection_modifyitems(items):
-    """Leave all that runs Ray to one process; where there is another it does the rest meanwhile."""
-    for item in items:
-        if "cluster" in item.fixturenames or item.path.stem in ("test_faults", "test_s3", "test_session"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def cluster():
     """One small Ray cluster for all tests; jobs join it."""
