@@ -4,16 +4,15 @@ VENV ?= .venv
 DEMO ?= demo
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-all lint clean
 
 install: $(VENV)/.installed
 
-# --no-compile: half of pip's time went into compiling thousands of modules that nothing here imports.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
 		|| { echo "maxreel needs Python 3.11 or 3.12; run: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[offline,rapidocr,sample,gpu,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,rapidocr,sample,gpu,dev]'
 	touch $@
 
 demo: install
@@ -35,6 +34,9 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+test-all: lint
+	$(BIN)/python -m pytest -q --slow
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info

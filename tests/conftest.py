@@ -14,6 +14,16 @@ from tests.s3_keys import ACCESS_KEY, SECRET_KEY
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="Run the tests marked slow, too (`make test-all`).")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """One small Ray cluster for all tests; jobs join it."""

@@ -104,7 +104,11 @@ def _mire(request):
     return ["encode.encoder=mire", f"encode.mire.model={tiny.mire}", f"encode.mire.vision_model={tiny.clip}", *lengths]
 
 
-@pytest.mark.parametrize("settings", [_clamr, _colpali, _flmr, _preflmr, _mire])
+def slow(settings):
+    return pytest.param(settings, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("settings", [_clamr, _colpali, slow(_flmr), slow(_preflmr), _mire])
 def test_an_encoder_goes_through_the_whole_chain(pictures, request, tmp_path, settings):
     config = pictures.config(*settings(request.getfixturevalue))
     with open_job(config, "index") as job:

@@ -31,6 +31,7 @@ def wait_for_lease(store, process):
     raise AssertionError(process.log.read_text())
 
 
+@pytest.mark.slow
 def test_nights_killed_at_several_stages_end_as_if_undisturbed(faults):
     """An actor and the driver; every row, what readers see at each kill, and what is left behind."""
     faults.undisturbed_night()

@@ -326,6 +326,7 @@ def test_an_actor_that_is_killed_is_replaced_and_the_query_answered(indexed, clu
     assert fleet.search(queries, options) == expected
 
 
+@pytest.mark.slow
 def test_a_codec_trained_by_several_actors_is_that_of_one(indexed, monkeypatch):
     codecs = []
     for min_tokens in (10**9, 1):

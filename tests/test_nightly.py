@@ -177,6 +177,7 @@ class Tokens:
         return job.summary, open_release(self.store)
 
 
+@pytest.mark.slow
 def test_an_index_of_many_increments_ranks_as_one_built_at_once(tmp_path, cluster):
     """Twenty times clips come and go, and the table is compacted: merged, with tombstones; then built from nothing."""
     tokens, merged = Tokens(tmp_path), 0
