@@ -234,6 +234,7 @@ def test_every_way_of_searching_respects_tombstones(nights):
     assert {hit.video_id for hit in exact} == set(nights.titles)
 
 
+@pytest.mark.slow
 def test_a_codec_that_no_longer_fits_is_trained_again_and_the_reason_told(nights):
     nights.night()
     codec = open_release(nights.store).manifest["codec"]
